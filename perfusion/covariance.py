@@ -1,0 +1,150 @@
+"""Second moment of text encodings and the duals it defines (method section 2)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Positions = Literal["words", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance:
+    """Uncentred second moment C of the encodings that condition one model.
+
+    ``matrix`` (D, D) is fp64 on the CPU, the mean of ``e e^T`` over ``tokens`` tokens of
+    ``captions`` captions. ``positions`` says which tokens counted: "words" (words and the end
+    token) or "all" (padding and the start token too). ``encoder_hash`` identifies the text
+    encoder, its layer and its concatenation. ``ridge`` is relative to the mean eigenvalue and
+    only enters the solve.
+    """
+
+    matrix: Tensor
+    tokens: int
+    captions: int
+    positions: Positions
+    encoder_hash: str
+    ridge: float = 1e-4
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.matrix.shape)
+        if len(shape) != 2 or shape[0] != shape[1] or self.matrix.dtype != torch.float64:
+            raise ValueError(
+                f"expected a square fp64 covariance, found {shape} {self.matrix.dtype}"
+            )
+        if not bool(torch.isfinite(self.matrix).all()):
+            raise ValueError(
+                "expected a finite covariance, found NaN or infinity; "
+                "check the text encoder it was measured with"
+            )
+        if not float(self.matrix.trace()) > 0:
+            raise ValueError("expected a covariance with a positive trace, found none")
+        if not 0 <= self.ridge < 1:
+            raise ValueError(f"expected a relative ridge in [0, 1), found {self.ridge}")
+
+    @property
+    def width(self) -> int:
+        """D, the width of the encodings."""
+        return self.matrix.shape[0]
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name these statistics in a concept file."""
+        summary = f"{self.tokens} {self.captions} {self.positions} {self.encoder_hash} {self.ridge}"
+        content = hashlib.sha256(summary.encode())
+        content.update(self.matrix.contiguous().numpy().tobytes())
+        return content.hexdigest()[:16]
+
+    @cached_property
+    def _regularised(self) -> Tensor:
+        mean_eigenvalue = self.matrix.trace() / self.width
+        identity = torch.eye(self.width, dtype=torch.float64)
+        return self.matrix + self.ridge * mean_eigenvalue * identity
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        factor, failed = torch.linalg.cholesky_ex(self._regularised)
+        if int(failed):
+            raise ValueError(
+                f"the covariance of {self.tokens} tokens is not positive definite with ridge "
+                f"{self.ridge:g}; use more captions or a larger ridge"
+            )
+        return factor
+
+    def condition_number(self) -> float:
+        """Largest over smallest eigenvalue of the matrix the solve uses (with its ridge)."""
+        eigenvalues = torch.linalg.eigvalsh(self._regularised)
+        return float(eigenvalues[-1] / eigenvalues[0])
+
+    def dual(self, i: Tensor) -> Tensor:
+        """``u = C^-1 i`` (D,) in fp64 on the CPU; the factor is computed once and kept.
+
+        Raises ValueError when the width differs, naming both.
+        """
+        if i.shape != (self.width,):
+            raise ValueError(
+                f"expected an input of shape ({self.width},), the covariance's, found "
+                f"{tuple(i.shape)}; measure the covariance with the model's own text encoder"
+            )
+        column = rearrange(i.detach().to("cpu", torch.float64), "d -> d 1")
+        return rearrange(torch.cholesky_solve(column, self._factor), "d 1 -> d")
+
+
+class CovarianceAccumulator:
+    """Streams encodings into a `Covariance`: only the (D, D) sum is ever held."""
+
+    def __init__(self, width: int, positions: Positions, encoder_hash: str) -> None:
+        if positions not in ("words", "all"):
+            raise ValueError(f"expected positions 'words' or 'all', found {positions!r}")
+        self._sum = torch.zeros(width, width, dtype=torch.float64)
+        self._tokens = 0
+        self._captions = 0
+        self._positions: Positions = positions
+        self._encoder_hash = encoder_hash
+
+    def add(self, encodings: Tensor, mask: Tensor | None = None) -> None:
+        """Add encodings (B, N, D); ``mask`` (B, N) bool marks the words and the end tokens.
+
+        The mask is required for positions "words" and ignored for "all". Raises ValueError for
+        shapes that do not fit and for NaN or infinity among the counted encodings.
+        """
+        width = self._sum.shape[0]
+        if encodings.ndim != 3 or encodings.shape[-1] != width:
+            raise ValueError(
+                f"expected encodings (B, N, {width}), found {tuple(encodings.shape)}"
+            )
+        if self._positions == "all":
+            counted = rearrange(encodings, "b n d -> (b n) d")
+        elif mask is None or mask.shape != encodings.shape[:2] or mask.dtype != torch.bool:
+            found = "none" if mask is None else f"{tuple(mask.shape)} {mask.dtype}"
+            raise ValueError(
+                f"positions 'words' needs a bool mask {tuple(encodings.shape[:2])} of the words "
+                f"and end tokens, found {found}"
+            )
+        else:
+            counted = encodings[mask.to(encodings.device)]
+        rows = counted.detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("expected finite text encodings, found NaN or infinity")
+        self._sum += rows.mT @ rows
+        self._tokens += rows.shape[0]
+        self._captions += encodings.shape[0]
+
+    def result(self, ridge: float = 1e-4) -> Covariance:
+        """The mean over all tokens added so far. Raises ValueError when there are none."""
+        if self._tokens == 0:
+            raise ValueError("expected at least one token to measure the covariance of, found none")
+        return Covariance(
+            matrix=self._sum / self._tokens,
+            tokens=self._tokens,
+            captions=self._captions,
+            positions=self._positions,
+            encoder_hash=self._encoder_hash,
+            ridge=ridge,
+        )
