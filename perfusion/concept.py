@@ -1,9 +1,8 @@
-"""A personalised concept: the value itself. Its file is `save_concept` and `load_concept`."""
+"""A personalised concept: the value and its file (whose format `concept_file` describes)."""
 
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,10 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .concept_file import LAYER_LIMIT, decode, encode
 from .rank_one import Direction
+from .safe_file import ConceptFileError, read_untrusted, write_atomically
+from .words import check_identifier, check_phrase, check_word
 
-KEY_LOCKS = ("local", "trained")
-TEXT_LIMIT = 128
+__all__ = ["Concept", "ConceptFileError", "load_concept", "save_concept"]
+
+THUMBNAIL_LIMIT = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,7 @@ class Concept:
     ``train_bias`` and ``train_temperature`` the gate it was trained with. ``metadata`` carries
     everything else as text (hashes, training settings, modelspec keys, thumbnail).
 
-    Raises ValueError when the pieces do not fit together.
+    Raises ValueError, naming the field, when the pieces do not fit together.
     """
 
     family: str
@@ -47,6 +50,20 @@ class Concept:
     train_bias: float = 0.75
     train_temperature: float = 0.1
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_identifier("family", self.family)
+        check_word("placeholder", self.placeholder)
+        check_phrase("superclass", self.superclass)
+        self._check_gates()
+        self._check_vectors()
+        self._check_layers()
+        thumbnail = self.metadata.get("modelspec.thumbnail", "data:image/")
+        if not thumbnail.startswith("data:image/") or len(thumbnail) > THUMBNAIL_LIMIT:
+            raise ValueError(
+                f"modelspec.thumbnail: expected a data:image/ URL of at most {THUMBNAIL_LIMIT} "
+                f"characters, found {len(thumbnail)} starting with {thumbnail[:20]!r}"
+            )
 
     @property
     def key_lock(self) -> str:
@@ -88,16 +105,144 @@ class Concept:
             name=self.placeholder,
         )
 
+    def _check_gates(self) -> None:
+        for name in ("bias", "strength", "train_bias"):
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, found {value}")
+        for name in ("temperature", "train_temperature"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, found {value}")
 
-class ConceptFileError(ValueError):
-    """A concept file that cannot be used; the message names file, key, expected and found."""
+    def _check_vectors(self) -> None:
+        if not self.embeddings:
+            raise ValueError("embeddings: expected a vector for each text encoder, found none")
+        for encoder, vector in self.embeddings.items():
+            check_identifier("embeddings", encoder)
+            _check_vector(f"embedding.{encoder}", vector)
+        _check_vector("i", self.i)
+        _check_vector("u", self.u, self.i.shape[0])
+        _check_vector("superclass_encoding", self.superclass_encoding, self.i.shape[0])
+        energy = self.energy
+        if not 0 < energy < math.inf:
+            raise ValueError(f"u: expected a positive energy i.u, found {energy}")
+
+    def _check_layers(self) -> None:
+        if not 0 < len(self.o_v) <= LAYER_LIMIT:
+            raise ValueError(f"o_v: expected 1 to {LAYER_LIMIT} layers, found {len(self.o_v)}")
+        for name, output in self.o_v.items():
+            check_identifier("layer", name)
+            _check_vector(f"o_v of {name}", output)
+        if self.o_k is None:
+            return
+        if list(self.o_k) != list(self.o_v):
+            raise ValueError(
+                f"o_k: expected the {len(self.o_v)} layers of o_v in their order, "
+                f"found {len(self.o_k)} others"
+            )
+        for name, output in self.o_k.items():
+            _check_vector(f"o_k of {name}", output, self.o_v[name].shape[0])
+
+
+def _check_vectors(self) -> None:
+        if not self.embeddings:
+            raise ValueError("embeddings: expected a vector for each text encoder, found none")
+        for encoder, vector in self.embeddings.items():
+            check_identifier("embeddings", encoder)
+            _check_vector(f"embedding.{encoder}", vector)
+        _check_vector("i", self.i)
+        _check_vector("u", self.u, self.i.shape[0])
+        _check_vector("superclass_encoding", self.superclass_encoding, self.i.shape[0])
+        energy = self.energy
+        if not 0 < energy < math.inf:
+            raise ValueError(f"u: expected a positive energy i.u, found {energy}")
+
+    def _check_layers(self) -> None:
+        if not 0 < len(self.o_v) <= LAYER_LIMIT:
+            raise ValueError(f"o_v: expected 1 to {LAYER_LIMIT} layers, found {len(self.o_v)}")
+        for name, output in self.o_v.items():
+            check_identifier("layer", name)
+            _check_vector(f"o_v of {name}", output)
+        if self.o_k is None:
+            return
+        if list(self.o_k) != list(self.o_v):
+            raise ValueError(
+                f"o_k: expected the {len(self.o_v)} layers of o_v in their order, "
+                f"found {len(self.o_k)} others"
+            )
+        for name, output in self.o_k.items():
+            _check_vector(f"o_k of {name}", output, self.o_v[name].shape[0])
+
+
+def check_identifier(key: str, text: str) -> None:
+    """Raise ValueError unless ``text`` is a plain dotted name (module path, family, encoder)."""
+    if not _IDENTIFIER.fullmatch(text) or ".." in text:
+        raise ValueError(
+            f"{key}: expected a name of letters, digits, '_', '-' and single '.', "
+            f"found {text[:TEXT_LIMIT]!r}"
+        )
+
+
+def check_word(key: str, text: str) -> None:
+    """Raise ValueError unless ``text`` is one visible word that no prompt syntax takes apart."""
+    if any(character.isspace() for character in text):
+        raise ValueError(f"{key}: expected one word without spaces, found {text[:TEXT_LIMIT]!r}")
+    check_phrase(key, text)
+
+
+def check_phrase(key: str, text: str) -> None:
+    """Raise ValueError unless ``text`` is one or more visible words, 1 to 128 characters."""
+    if not 0 < len(text) <= TEXT_LIMIT or text != text.strip() or not text.strip("."):
+        raise ValueError(
+            f"{key}: expected 1 to {TEXT_LIMIT} characters without outer spaces, "
+            f"found {text[:TEXT_LIMIT]!r}"
+        )
+    for character in text:
+        # Category C: control, format, surrogate, private use, unassigned. Z*: odd separators.
+        category = unicodedata.category(character)
+        hidden = category[0] in "CZ" and character != " "
+        if hidden or character in FORBIDDEN_IN_WORDS:
+            raise ValueError(
+                f"{key}: expected visible characters other than {FORBIDDEN_IN_WORDS}, "
+                f"found {character!r} in {text!r}"
+            )
+
+
+def _check_vector(key: str, vector: Tensor, width: int | None = None) -> None:
+    if vector.ndim != 1 or vector.shape[0] == 0 or not vector.is_floating_point():
+        raise ValueError(
+            f"{key}: expected a floating-point vector, found {tuple(vector.shape)} {vector.dtype}"
+        )
+    if width is not None and vector.shape[0] != width:
+        raise ValueError(f"{key}: expected {width} values, found {vector.shape[0]}")
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError(f"{key}: expected finite values, found NaN or infinity")
 
 
 def save_concept(concept: Concept, path: Path | str, dtype: torch.dtype = torch.float16) -> Path:
-    """Write a concept as .safetensors, atomically; returns the path written."""
-    raise NotImplementedError
+    """Write a concept as .safetensors in fp16 (or fp32), atomically; returns the path written.
+
+    A missing folder is made. Raises ValueError for another suffix or dtype, for metadata that
+    takes one of the format's own keys, and for values fp16 cannot hold; OSError when the disk
+    refuses, leaving no partial file and any former one untouched.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"expected a path ending in .safetensors, found {path.name!r}")
+    tensors, metadata = encode(concept, dtype)
+    write_atomically(path, tensors, metadata)
+    return path
 
 
 def load_concept(path: Path | str) -> Concept:
-    """Read a concept file, trusting nothing in it. Raises `ConceptFileError`."""
-    raise NotImplementedError
+    """Read a concept file, trusting nothing in it; tensors come as fp32 on the CPU.
+
+    Every fault raises `ConceptFileError`, naming the file, the key, what was expected and found.
+    """
+    path = Path(path)
+    fields = decode(path, *read_untrusted(path))
+    try:
+        return Concept(**fields)
+    except ValueError as error:
+        raise ConceptFileError(f"{path}: {error}") from error

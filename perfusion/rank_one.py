@@ -83,7 +83,8 @@ class Basis:
         """The same basis on ``device`` in ``dtype`` (itself when it is there already)."""
         if self.inputs.device == device and self.inputs.dtype == dtype:
             return self
-        return Basis(*(getattr(self, name).to(device, dtype) for name in _BASIS_FIELDS))
+        # The dtype first: some devices have no fp64.
+        return Basis(*(getattr(self, name).to(dtype).to(device) for name in _BASIS_FIELDS))
 
 
 _BASIS_FIELDS = ("inputs", "duals", "mix", "bias", "temperature", "strength")
