@@ -67,7 +67,7 @@ class Concept:
 
     @property
     def key_lock(self) -> str:
-        """"local" for keys locked to the superclass, "trained" for learned ones."""
+        """ "local" for keys locked to the superclass, "trained" for learned ones."""
         return "local" if self.o_k is None else "trained"
 
     @property
@@ -143,70 +143,6 @@ class Concept:
             )
         for name, output in self.o_k.items():
             _check_vector(f"o_k of {name}", output, self.o_v[name].shape[0])
-
-
-def _check_vectors(self) -> None:
-        if not self.embeddings:
-            raise ValueError("embeddings: expected a vector for each text encoder, found none")
-        for encoder, vector in self.embeddings.items():
-            check_identifier("embeddings", encoder)
-            _check_vector(f"embedding.{encoder}", vector)
-        _check_vector("i", self.i)
-        _check_vector("u", self.u, self.i.shape[0])
-        _check_vector("superclass_encoding", self.superclass_encoding, self.i.shape[0])
-        energy = self.energy
-        if not 0 < energy < math.inf:
-            raise ValueError(f"u: expected a positive energy i.u, found {energy}")
-
-    def _check_layers(self) -> None:
-        if not 0 < len(self.o_v) <= LAYER_LIMIT:
-            raise ValueError(f"o_v: expected 1 to {LAYER_LIMIT} layers, found {len(self.o_v)}")
-        for name, output in self.o_v.items():
-            check_identifier("layer", name)
-            _check_vector(f"o_v of {name}", output)
-        if self.o_k is None:
-            return
-        if list(self.o_k) != list(self.o_v):
-            raise ValueError(
-                f"o_k: expected the {len(self.o_v)} layers of o_v in their order, "
-                f"found {len(self.o_k)} others"
-            )
-        for name, output in self.o_k.items():
-            _check_vector(f"o_k of {name}", output, self.o_v[name].shape[0])
-
-
-def check_identifier(key: str, text: str) -> None:
-    """Raise ValueError unless ``text`` is a plain dotted name (module path, family, encoder)."""
-    if not _IDENTIFIER.fullmatch(text) or ".." in text:
-        raise ValueError(
-            f"{key}: expected a name of letters, digits, '_', '-' and single '.', "
-            f"found {text[:TEXT_LIMIT]!r}"
-        )
-
-
-def check_word(key: str, text: str) -> None:
-    """Raise ValueError unless ``text`` is one visible word that no prompt syntax takes apart."""
-    if any(character.isspace() for character in text):
-        raise ValueError(f"{key}: expected one word without spaces, found {text[:TEXT_LIMIT]!r}")
-    check_phrase(key, text)
-
-
-def check_phrase(key: str, text: str) -> None:
-    """Raise ValueError unless ``text`` is one or more visible words, 1 to 128 characters."""
-    if not 0 < len(text) <= TEXT_LIMIT or text != text.strip() or not text.strip("."):
-        raise ValueError(
-            f"{key}: expected 1 to {TEXT_LIMIT} characters without outer spaces, "
-            f"found {text[:TEXT_LIMIT]!r}"
-        )
-    for character in text:
-        # Category C: control, format, surrogate, private use, unassigned. Z*: odd separators.
-        category = unicodedata.category(character)
-        hidden = category[0] in "CZ" and character != " "
-        if hidden or character in FORBIDDEN_IN_WORDS:
-            raise ValueError(
-                f"{key}: expected visible characters other than {FORBIDDEN_IN_WORDS}, "
-                f"found {character!r} in {text!r}"
-            )
 
 
 def _check_vector(key: str, vector: Tensor, width: int | None = None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,8 +174,11 @@ def _common_suffix(names: list[str]) -> str:
     """The dotted ending all layer names share; it is half of an SD1.x layer table."""
     if len(names) < 2:
         return ""
-    ending = os.path.commonprefix([name[::-1] for name in names])[::-1]
-    return ending[ending.find(".") :] if "." in ending else ""
+    first, *others = names
+    starts = [at for at, character in enumerate(first) if character == "."]
+    # Ever shorter endings: the first one they all have is the longest.
+    shared = (first[at:] for at in starts if all(n.endswith(first[at:]) for n in others))
+    return next(shared, "")
 
 
 def _text(path: Path, metadata: Mapping[str, str], key: str) -> str:

@@ -116,9 +116,7 @@ class CovarianceAccumulator:
         """
         width = self._sum.shape[0]
         if encodings.ndim != 3 or encodings.shape[-1] != width:
-            raise ValueError(
-                f"expected encodings (B, N, {width}), found {tuple(encodings.shape)}"
-            )
+            raise ValueError(f"expected encodings (B, N, {width}), found {tuple(encodings.shape)}")
         if self._positions == "all":
             counted = rearrange(encodings, "b n d -> (b n) d")
         elif mask is None or mask.shape != encodings.shape[:2] or mask.dtype != torch.bool:

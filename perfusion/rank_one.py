@@ -208,9 +208,7 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.float64)
 
 
-def _prepare(
-    encodings: Tensor, directions: Sequence[Direction] | Basis
-) -> tuple[Tensor, Basis]:
+def _prepare(encodings: Tensor, directions: Sequence[Direction] | Basis) -> tuple[Tensor, Basis]:
     basis = directions if isinstance(directions, Basis) else combine(directions)
     if encodings.shape[-1] != basis.inputs.shape[-1]:
         raise ValueError(

@@ -69,11 +69,11 @@ def write_atomically(
     # In the same folder, since a rename is only atomic within one file system.
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
-        with open(temporary, "xb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -84,7 +84,7 @@ def _read_bounded(path: Path) -> bytes:
     if not path.is_file():
         refuse(path, "file", "a regular file", "a folder or device" if path.exists() else "nothing")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > FILE_LIMIT:
                 refuse(path, "file size", f"at most {FILE_LIMIT} bytes", f"{size} bytes")

@@ -11,4 +11,35 @@ FORBIDDEN_IN_WORDS = "/\\:(){}[],;|\"'*?`"
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", re.ASCII)
 
 
+def check_identifier(key: str, text: str) -> None:
+    """Raise ValueError unless ``text`` is a plain dotted name (module path, family, encoder)."""
+    if not _IDENTIFIER.fullmatch(text) or ".." in text:
+        raise ValueError(
+            f"{key}: expected a name of letters, digits, '_', '-' and single '.', "
+            f"found {text[:TEXT_LIMIT]!r}"
+        )
 
+
+def check_word(key: str, text: str) -> None:
+    """Raise ValueError unless ``text`` is one visible word that no prompt syntax takes apart."""
+    if any(character.isspace() for character in text):
+        raise ValueError(f"{key}: expected one word without spaces, found {text[:TEXT_LIMIT]!r}")
+    check_phrase(key, text)
+
+
+def check_phrase(key: str, text: str) -> None:
+    """Raise ValueError unless ``text`` is one or more visible words, 1 to 128 characters."""
+    if not 0 < len(text) <= TEXT_LIMIT or text != text.strip() or not text.strip("."):
+        raise ValueError(
+            f"{key}: expected 1 to {TEXT_LIMIT} characters without outer spaces, "
+            f"found {text[:TEXT_LIMIT]!r}"
+        )
+    for character in text:
+        # Category C: control, format, surrogate, private use, unassigned. Z*: odd separators.
+        category = unicodedata.category(character)
+        hidden = category[0] in "CZ" and character != " "
+        if hidden or character in FORBIDDEN_IN_WORDS:
+            raise ValueError(
+                f"{key}: expected visible characters other than {FORBIDDEN_IN_WORDS}, "
+                f"found {character!r} in {text!r}"
+            )
