@@ -1,0 +1,107 @@
+"""The command line of dev.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+import webbrowser
+from pathlib import Path
+
+from .client import PromptRefused
+from .demo import demo
+from .prepare import Layout, make_server, prepare
+from .report import Failure, clear_progress, describe_os_error, say
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; every expected failure becomes one sentence and status 1."""
+    parser = make_parser()
+    if not arguments or arguments[0] not in ("demo", "test", "serve", "-h", "--help"):
+        parser.print_help(sys.stderr)
+        return 2
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "test":
+        parser.error(f"unknown option {rest[0]}")
+    # A polite kill must end the server too: turned into an exception, it passes through `with`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return run(options, rest)
+    except Failure as failure:
+        return complain(str(failure))
+    except PromptRefused as refusal:
+        return complain(f"ComfyUI refused the workflow: {refusal}")
+    except (ConnectionError, TimeoutError) as error:
+        return complain(f"The connection to ComfyUI was lost: {error}")
+    except OSError as error:
+        return complain(describe_os_error(error))
+    except KeyboardInterrupt:
+        return complain("Stopped.", 130)
+
+
+def complain(sentence: str, status: int = 1) -> int:
+    """Say on standard error why it did not work; returns the exit status."""
+    clear_progress()
+    print(sentence, file=sys.stderr, flush=True)
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="dev.py",
+        description="Sets up a real ComfyUI with this pack (the first time) and runs it.",
+        epilog="COMFYUI_PATH=<folder> uses that ComfyUI and its Python; nothing is downloaded then.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add = commands.add_parser("demo", help="train a concept, use it, show pictures and figures")
+    add.add_argument("--output", type=Path, default=ROOT / "demo-output", help="where to save them")
+    commands.add_parser("test", help="run all tests; further options go to pytest")
+    add = commands.add_parser("serve", help="open the web interface with the pack's templates")
+    add.add_argument("--port", type=int, default=None, help="default: a free one")
+    add.add_argument("--no-browser", action="store_true", help="only print the address")
+    return parser
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> int:
+    """Dispatch a parsed command."""
+    layout = Layout(ROOT)
+    if options.command == "demo":
+        return demo(layout, options.output.resolve())
+    if options.command == "test":
+        return test(layout, rest)
+    return serve(layout, options.port, not options.no_browser)
+
+
+def test(layout: Layout, pytest_options: list[str]) -> int:
+    """Run the tests of every tier with the environment's Python; returns pytest's status."""
+    host = prepare(layout, with_tests=True)
+    environment = dict(os.environ)
+    if not host.ours:
+        environment["COMFYUI_PATH"] = str(host.comfyui)
+    command = [str(host.python), "-m", "pytest", *pytest_options]
+    return subprocess.run(command, cwd=layout.root, env=environment).returncode
+
+
+def serve(layout: Layout, port: int | None, open_browser: bool) -> int:
+    """Run the server until Ctrl-C."""
+    host = prepare(layout)
+    say("Starting ComfyUI")
+    with make_server(host, layout, port=port) as server:
+        say(f"ComfyUI with Perfusion: {server.client.address}  (Ctrl-C ends it)")
+        say("The pack's workflows are under Templates -> perfusion")
+        if open_browser:
+            webbrowser.open(server.client.address)
+        assert server.process is not None
+        try:
+            while server.process.poll() is None:
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            say("Stopped.")
+            return 0
+        raise Failure(f"ComfyUI ended by itself: {server.complaint()} (log: {server.log})")
