@@ -131,7 +131,7 @@ class Client:
 
 
 def _reasons(answer: str) -> str:
-    """The server's reasons from the body of its refusal, which is JSON unless it stumbled itself."""
+    """The reasons in the body of a refusal, which is JSON unless the server itself stumbled."""
     try:
         refusal: dict[str, Any] = json.loads(answer)
     except ValueError:

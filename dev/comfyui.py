@@ -104,7 +104,7 @@ def comfyui_version(tree: Path) -> str:
 
 
 def fetch_archive(python: Path, cache: Path) -> Path:
-    """Download the source distribution unless it is in the cache; its checksum is always checked."""
+    """Download the source distribution unless it is cached; its checksum is always checked."""
     archive = cache / "dl" / ARCHIVE
     if not archive.exists():
         say(f"Downloading ComfyUI {VERSION} (12 MB)")
@@ -120,8 +120,8 @@ def fetch_archive(python: Path, cache: Path) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
         raise Failure(
-            f"{archive} has the wrong checksum (sha256 {found[:12]}..., expected {SHA256[:12]}...): "
-            "remove it and run the same command again."
+            f"{archive} has the wrong checksum (sha256 {found[:12]}..., expected "
+            f"{SHA256[:12]}...): remove it and run the same command again."
         )
     return archive
 

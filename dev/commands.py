@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dev.py",
         description="Sets up a real ComfyUI with this pack (the first time) and runs it.",
-        epilog="COMFYUI_PATH=<folder> uses that ComfyUI and its Python; nothing is downloaded then.",
+        epilog="COMFYUI_PATH=<folder>: use that ComfyUI and its Python and download nothing.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add = commands.add_parser("demo", help="train a concept, use it, show pictures and figures")

@@ -18,7 +18,7 @@ PAINTERS = ("KSampler", "VAEDecode")  # what a picture's time is made of
 
 
 def demo(layout: Layout, output: Path) -> int:
-    """Set up, run the workflow, save pictures and figures into `output`; returns the exit status."""
+    """Set up, run the workflow, save pictures and figures; returns the exit status."""
     host = prepare(layout)
     prompt: Prompt = json.loads((layout.root / WORKFLOW).read_text(encoding="utf-8"))
     output.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ def ensure_packages(
         require_space(venv, ROOM_GB, "torch and ComfyUI's packages")
         say("Installing torch and ComfyUI's packages (once; up to 6 GB on Linux, a few minutes)")
     else:
-        say(f"Checking the packages needed to {name}")
+        say("Checking the installed packages")
     arguments = ["install", *TORCH]
     for file in requirement_files:
         arguments += ["-r", str(file)]

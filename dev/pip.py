@@ -1,4 +1,4 @@
-"""pip, run in a virtual environment, with its progress shown and its failures put into a sentence."""
+"""pip in a virtual environment, its progress shown and its failures put into a sentence."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def explain(output: str, purpose: str, log: Path) -> str:
     if any(sign in output for sign in NETWORK_SIGNS):
         return (
             f"The package index could not be reached, so {purpose} stopped: check the network (or "
-            f"PIP_INDEX_URL and the proxy settings) and run the same command again (details: {log})."
+            f"PIP_INDEX_URL and the proxy settings) and run the same command again "
+            f"(details: {log})."
         )
     errors = [line for line in output.splitlines() if line.startswith("ERROR:")]
     reason = errors[-1].removeprefix("ERROR:").strip() if errors else "pip gave no reason"

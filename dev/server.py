@@ -1,4 +1,4 @@
-"""A real ComfyUI server with this pack: started, waited for, asked whether the pack is in, stopped."""
+"""A real ComfyUI server with this pack: started, waited for, asked for the pack, stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def device_options(python: Path) -> list[str]:
-    """`--cpu` unless torch finds an accelerator; the slow question is asked only if one is likely."""
+    """`--cpu` unless torch finds an accelerator; only asked, being slow, if one is likely."""
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     nvidia = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
     if not (apple or nvidia):
