@@ -128,6 +128,7 @@ def fetch_archive(python: Path, cache: Path) -> Path:
 
 def unpack(archive: Path, tree: Path) -> None:
     """Unpack `*/vendor/ComfyUI` so that `tree` appears complete or not at all."""
+    tree.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix="ComfyUI-partial-", dir=tree.parent))
     try:
         count = 0
@@ -156,7 +157,5 @@ def _path_in_comfyui(name: str) -> Path | None:
     if len(parts) < 4 or parts[1:3] != ("vendor", "ComfyUI"):
         return None
     if ".." in parts or any("\\" in part or ":" in part for part in parts):
-        raise Failure(
-            f"The archive of ComfyUI holds an unsafe path ({name}); nothing was unpacked."
-        )
+        raise Failure(f"ComfyUI's archive holds an unsafe path ({name}); nothing was unpacked.")
     return Path(*parts[3:])

@@ -15,7 +15,7 @@ from .report import Failure, require_space, say
 # The one combination of the three that installs from PyPI and imports together everywhere.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 OLDEST, NEWEST = (3, 11), (3, 14)  # for which this torch has been published
-ROOM_GB = 9.0  # the CUDA libraries that come with torch on Linux take most of it
+ROOM_GB = 9.0 if sys.platform == "linux" else 3.0  # torch brings the CUDA libraries on Linux
 
 
 def venv_python(venv: Path) -> Path:
@@ -31,15 +31,14 @@ def ensure_venv(venv: Path) -> Path:
     python = venv_python(venv)
     if not _has_pip(python):
         _require_supported(sys.version_info[:2], sys.executable)
+        require_space(venv.parent, ROOM_GB, "torch and ComfyUI's packages")
         say(f"Making a virtual environment in {venv}")
         made = subprocess.run(
             [sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True
         )
         if made.returncode != 0 or not _has_pip(python):
             text = made.stdout + made.stderr
-            if "No space left" in text:
-                raise Failure(f"The disk is full: {venv} could not be made; free some space.")
-            if "ensurepip" in text:
+            if "ensurepip is not available" in text:
                 raise Failure(
                     f"This Python ({sys.executable}) cannot make virtual environments; on Debian "
                     "or Ubuntu install its missing part with: apt install python3-venv"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import time
-from collections import deque
 from pathlib import Path
 from types import TracebackType
 from urllib.error import URLError
@@ -109,11 +109,12 @@ class Server:
             raise Failure(f"ComfyUI runs without the pack: {self.complaint()} (log: {self.log})")
 
     def complaint(self) -> str:
-        """What the log says went wrong: its last error line, else its last line."""
-        with self.log.open(encoding="utf-8", errors="replace") as log:
-            lines = deque((line.strip() for line in log if line.strip()), maxlen=200)
-        errors = [line for line in lines if "Error" in line or "Cannot import" in line]
-        return (errors or list(lines) or ["it said nothing"])[-1]
+        """What the log says went wrong: its last error, else its last line."""
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text("utf-8", "replace"))
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        imports = [line for line in lines if "Cannot import" in line]
+        errors = [line for line in lines if "Error" in line]
+        return (imports or errors or lines or ["it said nothing"])[-1]
 
     def stop(self) -> None:
         """End the process, by force if it does not go."""

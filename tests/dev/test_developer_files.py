@@ -1,0 +1,48 @@
+"""What holds for dev.py and dev/ as a whole."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+
+
+def developer_trees(root: Path) -> Iterator[tuple[Path, ast.Module]]:
+    for file in [root / "dev.py", *sorted((root / "dev").glob("*.py"))]:
+        yield file, ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_dev_py_needs_the_standard_library_only(repository: Path) -> None:
+    for file, tree in developer_trees(repository):
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                top = name.split(".")[0]
+                assert top in sys.stdlib_module_names or top == "dev", f"{file.name}: {name}"
+
+
+def test_no_command_goes_through_a_shell(repository: Path) -> None:
+    for file, tree in developer_trees(repository):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "shell":
+                raise AssertionError(f"{file.name}:{node.value.lineno} passes shell=")
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in SHELLS, f"{file.name}:{node.lineno}"
+
+
+def test_the_code_is_clean_under_ruff(repository: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
