@@ -12,6 +12,7 @@ from .rank_one import (
     edit_projection,
     gated_inputs,
     project,
+    similarities,
 )
 from .training import (
     Batch,
@@ -43,5 +44,6 @@ __all__ = [
     "locked_outputs",
     "project",
     "save_concept",
+    "similarities",
     "train_concept",
 ]

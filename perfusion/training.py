@@ -6,8 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,80 +16,22 @@ from .covariance import Covariance
 from .denoiser import Batch, Denoiser, Encoded
 from .key_lock import locked_outputs
 from .losses import masked_mean
-from .prompts import TEMPLATES, check_templates, fill
+from .prompts import fill
 from .rank_one import Direction, GatedEdit, gated_inputs
-from .words import check_phrase, check_word
+from .training_config import Mode, Schedule, TrainingConfig
 
 log = logging.getLogger("perfusion")
 
-__all__ = ["Batch", "Denoiser", "Encoded", "TrainingConfig", "TrainingResult", "train_concept"]
-
-Mode = Literal["perfusion", "textual_inversion", "trained_keys"]
-Schedule = Literal["constant", "cosine"]
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Settings of one training run, checked when made. Defaults are the paper's.
-
-    ``placeholder`` and ``superclass`` fill the ``{}`` of ``templates``. ``learning_rate`` is for
-    the outputs, ``embedding_learning_rate`` for the token vectors. ``bias`` and ``temperature``
-    are the gate during training, ``ema`` the decay of the target input i per step.
-    ``background`` (0 to 1) is the least weight a masked pixel keeps. ``mode``: "perfusion",
-    "trained_keys" (the paper's ablation) or "textual_inversion" (token vectors only, no edit; its
-    concept has strength 0).
-    """
-
-    placeholder: str
-    superclass: str
-    steps: int = 400
-    batch_size: int = 16
-    learning_rate: float = 0.03
-    embedding_learning_rate: float = 0.006
-    bias: float = 0.75
-    temperature: float = 0.1
-    ema: float = 0.99
-    background: float = 0.0
-    seed: int = 0
-    mode: Mode = "perfusion"
-    schedule: Schedule = "constant"
-    templates: tuple[str, ...] = TEMPLATES
-
-    def __post_init__(self) -> None:
-        check_word("placeholder", self.placeholder)
-        check_phrase("superclass", self.superclass)
-        if self.placeholder == self.superclass:
-            raise ValueError(
-                f"placeholder: expected another word than the superclass, found both "
-                f"{self.placeholder!r}"
-            )
-        check_templates(self.templates)
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        for name in ("learning_rate", "embedding_learning_rate", "temperature"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a finite number above 0, found {value}")
-        for name in ("ema", "background"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, found {getattr(self, name)}")
-        if not math.isfinite(self.bias):
-            raise ValueError(f"bias: expected a finite number, found {self.bias}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: expected 0 to 2^64 - 1, found {self.seed}")
-        for name, choices in (("mode", get_args(Mode)), ("schedule", get_args(Schedule))):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}"
-                )
-
-    def settings(self) -> dict[str, object]:
-        """What a concept file records of the run (the words and the gate have their own keys)."""
-        own = {"placeholder", "superclass", "bias", "temperature"}
-        if self.templates == TEMPLATES:
-            own.add("templates")
-        return {name: value for name, value in asdict(self).items() if name not in own}
+__all__ = [
+    "Batch",
+    "Denoiser",
+    "Encoded",
+    "Mode",
+    "Schedule",
+    "TrainingConfig",
+    "TrainingResult",
+    "train_concept",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +134,14 @@ class _Run:
         """One optimiser step; returns why training cannot go on, or None."""
         number = self.steps + 1
         self.optimizer.zero_grad()
+        batch, prompts = self._draw()
         with torch.enable_grad():
-            loss = self._loss()
+            encoded = self.denoiser.encode(prompts, self.embeddings)
+            newest = _last_marked(encoded, prompts, self.config.placeholder).detach().mean(0)
+            if not bool(torch.isfinite(newest).all()):
+                return f"the text encoding of step {number} holds NaN or infinity"
+            self._follow(newest)
+            loss = self._loss(batch, encoded)
         if not bool(torch.isfinite(loss)):
             return f"the loss of step {number} is {float(loss.detach())}"
         loss.backward()
@@ -240,12 +187,12 @@ class _Run:
         )
         return TrainingResult(concept, tuple(self.losses), self.steps, error)
 
-    def _loss(self) -> Tensor:
-        batch, prompts = self._draw()
-        encoded = self.denoiser.encode(prompts, self.embeddings)
-        tokens = _last_marked(encoded, prompts, self.config.placeholder)
-        newest = tokens.detach().mean(0).to("cpu", torch.float64)
+    def _follow(self, encoding: Tensor) -> None:
+        """Move i towards the concept's encoding (D,): once per step, never per layer."""
+        newest = encoding.to("cpu", torch.float64)
         self.i = self.config.ema * self.i + (1 - self.config.ema) * newest
+
+    def _loss(self, batch: Batch, encoded: Encoded) -> Tensor:
         errors = self.denoiser.errors(batch, encoded, self._edit(encoded) if self.edits else None)
         return masked_mean(errors, self.denoiser.masks(batch.indices), self.config.background)
 
@@ -323,10 +270,14 @@ def _check(denoiser: Denoiser, covariance: Covariance) -> None:
 
 def _superclass_encoding(denoiser: Denoiser, config: TrainingConfig) -> Tensor:
     """Mean over the templates of the superclass's last sub-word, (D,) fp32."""
-    prompts = [fill(template, config.superclass) for template in config.templates]
+    tokens = []
     with torch.no_grad():
-        tokens = _last_marked(denoiser.encode_superclass(prompts), prompts, config.superclass)
-    encoding = tokens.float().mean(0)
+        for start in range(0, len(config.templates), config.batch_size):
+            templates = config.templates[start : start + config.batch_size]
+            prompts = [fill(template, config.superclass) for template in templates]
+            encoded = denoiser.encode_superclass(prompts)
+            tokens.append(_last_marked(encoded, prompts, config.superclass))
+    encoding = torch.cat(tokens).float().mean(0)
     if not bool(torch.isfinite(encoding).all()):
         raise ValueError(
             f"expected a finite encoding of {config.superclass!r}, found NaN or infinity; "
