@@ -1,0 +1,47 @@
+"""Agreement with an independent implementation, perfusion-pytorch, where that one is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from perfusion.rank_one import Direction, edit_projection
+
+oracle = pytest.importorskip("perfusion_pytorch", reason="perfusion-pytorch is not installed")
+
+WIDTH, FEATURES, TOKENS = 48, 20, 11
+
+
+@pytest.mark.parametrize("is_key", [False, True])
+@pytest.mark.parametrize(("bias", "temperature"), [(0.7, 0.15), (0.4, 0.1)])
+def test_the_single_concept_forward_in_eval_mode_agrees_in_fp32(is_key, bias, temperature):
+    torch.manual_seed(3)
+    samples = torch.randn(400, WIDTH) * torch.logspace(-0.5, 0.5, WIDTH)
+    covariance = samples.mT @ samples / 400
+    linear = nn.Linear(WIDTH, FEATURES, bias=False)
+    module = oracle.Rank1EditModule(
+        linear,
+        C=covariance,
+        text_seq_len=TOKENS,
+        is_key_proj=is_key,
+        eval_beta=bias,
+        eval_temperature=temperature,
+    ).eval()
+    i, o = samples[0], torch.randn(FEATURES)
+    # Training it would go through its faults; its buffers are set to a trained state directly.
+    module.initted.fill_(True)
+    module.ema_concept_text_encs.copy_(i[None])
+    module.concept_outputs.data.copy_(o[None])
+    encodings = torch.randn(3, TOKENS, WIDTH)
+    encodings[1, 4] = i
+    encodings[2, 2] = 0.7 * i + 0.3 * encodings[2, 2]
+    dual = torch.linalg.solve(covariance.double(), i.double())
+    found = edit_projection(
+        linear.weight, encodings, [Direction(i, dual, bias, temperature)], o[None]
+    )
+    with torch.no_grad():
+        expected = module(encodings)
+    assert float((found - expected).abs().max()) < 1e-4
+    # The comparison means something: the edit moves these projections by far more than that.
+    assert float((expected - linear(encodings)).abs().max()) > 0.5
