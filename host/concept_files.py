@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import folder_paths
 
@@ -12,6 +12,6 @@ EXTENSION = ".safetensors"
 
 def register_folder() -> None:
     """Make `models/perfusion` known to ComfyUI (extra_model_paths.yaml may add more)."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, EXTENSION})

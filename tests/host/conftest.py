@@ -1,0 +1,198 @@
+"""Real ComfyUI models with random weights: true structure and text widths, few channels."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# pytest's importlib mode does not put this folder on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from inprocess import load_pack
+
+load_pack()
+
+import comfy.supported_models as supported  # noqa: E402
+import comfy.text_encoders.sd2_clip as sd2_clip  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from comfy import model_base, model_patcher, sd, sd1_clip, sdxl_clip  # noqa: E402
+from comfy.supported_models_base import ClipTarget  # noqa: E402
+from comfyui_perfusion.host.families import cross_attentions, family_of  # noqa: E402
+from comfyui_perfusion.perfusion import Concept  # noqa: E402
+
+torch.set_num_threads(2)
+
+CPU = torch.device("cpu")
+
+# What ComfyUI detects of the published checkpoints, except for the number of channels.
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "adm_in_channels": None,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "dtype": torch.float32,
+}
+DEEP = {
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+}
+STRUCTURES = {
+    "sd1": {**UNET, **DEEP, "context_dim": 768, "use_linear_in_transformer": False},
+    "sd2": {**UNET, **DEEP, "context_dim": 1024, "use_linear_in_transformer": True},
+    "sdxl": {
+        **UNET,
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "context_dim": 2048,
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+        "use_linear_in_transformer": True,
+    },
+    "sdxl_refiner": {
+        **UNET,
+        **DEEP,
+        "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
+        "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
+        "transformer_depth_middle": 4,
+        "context_dim": 1280,
+        "adm_in_channels": 2560,
+        "num_classes": "sequential",
+        "use_linear_in_transformer": True,
+    },
+}
+CONFIGS = {
+    "sd1": supported.SD15,
+    "sd2": supported.SD20,
+    "sdxl": supported.SDXL,
+    "sdxl_refiner": supported.SDXLRefiner,
+}
+# As published 320 (refiner 384); heads of 64 channels need at least 64 where there is attention.
+CHANNELS = {"sd1": 32, "sd2": 64, "sdxl": 32, "sdxl_refiner": 32}
+TEXT = {
+    "sd1": (sd1_clip.SD1Tokenizer, sd1_clip.SD1ClipModel),
+    "sd2": (sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel),
+    "sdxl": (sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel),
+    "sdxl_refiner": (sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLRefinerClipModel),
+}
+WORDS = ("cat", "river", "lamp", "horse", "bread", "music", "stone")
+SMALL_TEXT = {"num_hidden_layers": 3, "intermediate_size": 64}
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Weights of a plausible scale, so that signals neither vanish nor explode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                scale = 0.5 if "embedding" in name else parameter[0].numel() ** -0.5
+                parameter.normal_(0, scale, generator=generator)
+
+
+def build_base_model(
+    family: str,
+    channels: int | None = None,
+    device: str = "cpu",
+    model_type: model_base.ModelType | None = None,
+) -> model_base.BaseModel:
+    """A ComfyUI BaseModel of a family, with few channels unless told otherwise."""
+    config = CONFIGS[family]({**STRUCTURES[family], "model_channels": channels or CHANNELS[family]})
+    config.set_inference_dtype(torch.float32, None)
+    if family == "sdxl":
+        kind = model_type or model_base.ModelType.EPS
+        return model_base.SDXL(config, kind, device=torch.device(device))
+    if family == "sdxl_refiner":
+        return model_base.SDXLRefiner(config, device=torch.device(device))
+    default = {"sd2": model_base.ModelType.V_PREDICTION}.get(family, model_base.ModelType.EPS)
+    return model_base.BaseModel(config, model_type or default, device=torch.device(device))
+
+
+def build_model(
+    family: str, seed: int = 0, model_type: model_base.ModelType | None = None
+) -> model_patcher.ModelPatcher:
+    """A MODEL with random weights, as a loader node would hand it out."""
+    base = build_base_model(family, model_type=model_type)
+    randomise(base.diffusion_model, seed)
+    return model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
+def build_clip(family: str, seed: int = 1) -> sd.CLIP:
+    """A CLIP with random weights and the true widths."""
+    tokenizer, encoder = TEXT[family]
+    options = {f"clip_{name}_model_config": SMALL_TEXT for name in "lgh"}
+    clip = sd.CLIP(
+        ClipTarget(tokenizer, encoder), model_options={"dtype": torch.float32, **options}
+    )
+    randomise(clip.cond_stage_model, seed)
+    return clip
+
+
+def build_concept(
+    model: model_patcher.ModelPatcher, clip: sd.CLIP, seed: int, placeholder: str, **changes: object
+) -> Concept:
+    """A concept with random contents that fits the model: its direction is a real encoding."""
+    generator = torch.Generator().manual_seed(seed)
+    family = family_of(model.model)
+    word, other = (
+        clip.encode_from_tokens(clip.tokenize(WORDS[(seed + offset) % len(WORDS)]))[0, 1]
+        for offset in (0, 3)
+    )
+    return Concept(
+        family=family.name,
+        placeholder=placeholder,
+        superclass="cat",
+        embeddings={
+            name: torch.randn(width, generator=generator) * 0.5
+            for name, width in family.encoders.items()
+        },
+        i=word.clone(),
+        u=(word + 0.3 * other).clone(),
+        superclass_encoding=other.clone(),
+        o_v={
+            layer.name: torch.randn(layer.value_width, generator=generator)
+            for layer in cross_attentions(model.model)
+        },
+        bias=0.5,
+        temperature=0.2,
+    ).with_gate(**changes)
+
+
+class Worlds:
+    """Builds each family's model and text encoder once per session."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, model_patcher.ModelPatcher] = {}
+        self._clips: dict[str, sd.CLIP] = {}
+
+    def model(self, family: str) -> model_patcher.ModelPatcher:
+        if family not in self._models:
+            self._models[family] = build_model(family)
+        return self._models[family].clone()
+
+    def clip(self, family: str) -> sd.CLIP:
+        if family not in self._clips:
+            self._clips[family] = build_clip(family)
+        return self._clips[family].clone()
+
+    def concept(
+        self, family: str, seed: int = 0, placeholder: str = "<thing>", **changes: object
+    ) -> Concept:
+        return build_concept(self.model(family), self.clip(family), seed, placeholder, **changes)
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Worlds:
+    """The models of all families."""
+    return Worlds()
