@@ -55,7 +55,7 @@ class Client:
         self.address = f"http://127.0.0.1:{port}"
         self.timeout = timeout
 
-    def fetch(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+    def fetch(self, path: str, body: Any = None) -> bytes:
         """GET `path`, or POST `body` to it as JSON; raises urllib.error.HTTPError and URLError."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
@@ -65,7 +65,7 @@ class Client:
         with opener.open(request, timeout=60) as answer:
             return answer.read()
 
-    def json(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def json(self, path: str, body: Any = None) -> Any:
         """Like `fetch`, decoded; None for an empty answer."""
         answer = self.fetch(path, body)
         return json.loads(answer) if answer else None
