@@ -1,0 +1,1 @@
+"""The small world: a procedural renderer, captions, a small text-to-image model and its trainer."""

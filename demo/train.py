@@ -1,0 +1,76 @@
+"""Make the small world's weights: ``python -m demo.train`` from the repository's root.
+
+Renders pictures, trains an autoencoder, the text-to-image model and the judge one after the other,
+and writes ``demo/weights``. A stopped run goes on where it was (state in ``demo/cache``). Not part of
+the published pack.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+
+import torch
+from inprocess import load_pack
+
+load_pack()
+
+from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder  # noqa: E402
+from comfyui_perfusion.host.small_model import TOKENS  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from .pool import load_chunk  # noqa: E402
+from .train_autoencoder import psnr, train_autoencoder  # noqa: E402
+from .train_base import BaseConfig, train_base  # noqa: E402
+from .world import WEIGHTS  # noqa: E402
+
+log = logging.getLogger("demo.train")
+CACHE = Path(__file__).parent / "cache"
+AUTOENCODER = {"steps": 2200, "batch": 24, "chunks": 3, "seed": 0}
+BASE = BaseConfig(steps=3600, batch=96, chunks=9, seed=0)
+
+
+def export(networks: torch.nn.ModuleDict, ids: list[int], autoencoder: SmallAutoencoder, path: Path) -> None:
+    """One fp16 safetensors file in the layout of ``host.small_model.load_small_model``."""
+    weights = {"unet." + k: v for k, v in networks["unet"].state_dict().items()}
+    for name, value in networks["text"].state_dict().items():
+        if name.endswith("token_embedding.weight"):
+            weights["text.rows"] = value
+        elif "text_projection" not in name:
+            weights["text.transformer." + name] = value
+    weights.update({"vae." + k: v for k, v in autoencoder.state_dict().items()})
+    half = {k: v.detach().half().contiguous() for k, v in weights.items()}
+    half[TOKENS] = torch.tensor(ids, dtype=torch.int32)
+    path.parent.mkdir(exist_ok=True)
+    save_file(half, path)
+    log.info("%s: %.2f MB", path, path.stat().st_size / 1e6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=BASE.steps, help="steps of the text-to-image model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(arguments.threads)
+    started = time.time()
+    config = BaseConfig(**{**BASE.__dict__, "steps": arguments.steps})
+    CACHE.mkdir(exist_ok=True)
+    autoencoder = train_autoencoder(CACHE, **AUTOENCODER).eval().requires_grad_(False)
+    networks, words, history = train_base(CACHE, autoencoder, config)
+    export(networks, words.ids, autoencoder, WEIGHTS / "small_world.safetensors")
+    record = {
+        "command": f"python -m demo.train --steps {config.steps}",
+        "autoencoder": {**AUTOENCODER, "held_out_psnr_db": round(psnr(autoencoder, load_chunk(CACHE, -1)[0][:512]), 2)},
+        "base": {**config.__dict__, "history": history},
+        "seconds_of_this_run": round(time.time() - started),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    (WEIGHTS / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
