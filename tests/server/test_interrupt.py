@@ -1,0 +1,44 @@
+"""A training that is interrupted keeps what was learned, and the server stays usable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dev.client import Client
+from dev.server import Server
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_an_interrupted_training_leaves_a_usable_concept(
+    client: Client, comfy_server: Server
+) -> None:
+    api = ROOT / "workflows" / "api"
+    prompt = json.loads((api / "1 train a concept.json").read_text(encoding="utf-8"))
+    train = next(k for k, v in prompt.items() if v["class_type"] == "PerfusionTrainConcept")
+    prompt[train]["inputs"].update(steps=400, seed=12345)
+    folder = comfy_server.base / "models" / "perfusion"
+    before = set(folder.rglob("*.safetensors"))
+    seen: list[int] = []
+
+    def interrupt(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and data["node"] == train:
+            seen.append(data["value"])
+            if data["value"] == 3:
+                client.fetch("/interrupt", {"prompt_id": data["prompt_id"]})
+
+    run = client.run(prompt, interrupt)
+    assert run.status == "execution_interrupted"
+    assert seen[-1] < 400
+    partial = set(folder.rglob("*.safetensors")) - before
+    assert len(partial) == 1
+
+    use = json.loads((api / "2 use a concept.json").read_text(encoding="utf-8"))
+    for node in use.values():
+        if node["class_type"] == "PerfusionLoadConcept":
+            node["inputs"]["concept_name"] = partial.pop().relative_to(folder).as_posix()
+    again = client.run(use)
+    assert again.status == "execution_success", again.error
+    assert len(again.images()) == 1

@@ -1,0 +1,73 @@
+"""What the running server says of the pack's nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dev.client import Client
+
+# Ids and inputs are frozen: workflows in the world refer to them. Inputs are append-only.
+INPUTS = {
+    "PerfusionLoadConcept": ["concept_name"],
+    "PerfusionSetGate": ["concept", "bias", "temperature", "strength"],
+    "PerfusionApplyConcepts": ["model", "clip", "concepts"],
+    "PerfusionTrainConcept": [
+        "model",
+        "clip",
+        "vae",
+        "images",
+        "superclass",
+        "placeholder",
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "embedding_learning_rate",
+        "seed",
+        "covariance",
+        "mask",
+    ],
+    "PerfusionSaveConcept": ["concept", "filename_prefix"],
+    "PerfusionCovariance": ["clip", "captions"],
+    "PerfusionDemoModel": [],
+    "PerfusionDemoImages": ["subject", "count", "seed"],
+}
+OUTPUTS = {
+    "PerfusionLoadConcept": ["PERFUSION_CONCEPT"],
+    "PerfusionSetGate": ["PERFUSION_CONCEPT"],
+    "PerfusionApplyConcepts": ["MODEL", "CLIP"],
+    "PerfusionTrainConcept": ["PERFUSION_CONCEPT", "LOSS_MAP"],
+    "PerfusionSaveConcept": ["PERFUSION_CONCEPT"],
+    "PerfusionCovariance": ["PERFUSION_COVARIANCE"],
+    "PerfusionDemoModel": ["MODEL", "CLIP", "VAE"],
+    "PerfusionDemoImages": ["IMAGE", "MASK"],
+}
+
+
+def inputs_of(node: dict[str, Any]) -> dict[str, Any]:
+    return {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+
+
+@pytest.mark.parametrize("name", sorted(INPUTS))
+def test_a_node_has_its_frozen_inputs_and_outputs(client: Client, name: str) -> None:
+    node = client.json(f"/object_info/{name}")[name]
+    assert list(inputs_of(node))[: len(INPUTS[name])] == INPUTS[name]
+    assert node["output"][: len(OUTPUTS[name])] == OUTPUTS[name]
+    assert node["category"].startswith("perfusion")
+
+
+def test_every_input_of_every_node_of_ours_has_a_tooltip(client: Client) -> None:
+    ours = {k: v for k, v in client.json("/object_info").items() if k.startswith("Perfusion")}
+    assert set(INPUTS) <= set(ours)
+    for name, node in ours.items():
+        for key, (_, *options) in inputs_of(node).items():
+            assert options, f"{name}.{key} has no options"
+            assert options[0].get("tooltip"), f"{name}.{key} has no tooltip"
+
+
+def test_only_output_nodes_end_a_workflow(client: Client) -> None:
+    save = client.json("/object_info/PerfusionSaveConcept")["PerfusionSaveConcept"]
+    load = client.json("/object_info/PerfusionLoadConcept")["PerfusionLoadConcept"]
+    assert save["output_node"]
+    assert not load["output_node"]
