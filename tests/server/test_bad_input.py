@@ -85,25 +85,24 @@ def test_a_concept_of_another_family_names_both(
     client: Client, comfy_server: Server, using: dict[str, Any]
 ) -> None:
     folder = comfy_server.base / "models" / "perfusion"
-    write_sd15_concept(folder / "for_sd15.safetensors")
-    prompt = change(using, "PerfusionLoadConcept", concept_name="for_sd15.safetensors")
+    write_sd1_concept(folder / "for_sd1.safetensors")
+    prompt = change(using, "PerfusionLoadConcept", concept_name="for_sd1.safetensors")
     reason = refused(client, prompt)
-    assert "sd15" in reason
+    assert "sd1" in reason
     assert "small_world" in reason
     # A failed run leaves the server as usable as before.
     assert client.run(using).status == "execution_success"
 
 
-def write_sd15_concept(path: Path) -> None:
+def write_sd1_concept(path: Path) -> None:
     import torch
 
-    from perfusion.concept import Concept
-    from perfusion.concept_file import save_concept
+    from perfusion.concept import Concept, save_concept
 
     path.parent.mkdir(parents=True, exist_ok=True)
     wide = torch.ones(768)
     concept = Concept(
-        family="sd15",
+        family="sd1",
         placeholder="<other>",
         superclass="cat",
         embeddings={"l": wide},
