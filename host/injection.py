@@ -9,7 +9,7 @@ forward, so LoRA, quantised and offloaded weights stay the projection's own busi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.patcher_extension
 import torch
@@ -20,6 +20,8 @@ from ..perfusion.rank_one import Basis, combine, gated_inputs, project
 from .families import cross_attentions
 
 KEY = "perfusion"
+
+Projection = Callable[[Tensor], Tensor]
 
 _DISPATCHER = "_perfusion_dispatcher"
 _APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
@@ -51,8 +53,16 @@ class SharedInputs:
         self.encodings = self.inputs = self.gates = None
 
 
-class ProjectionEdit:
-    """What one projection adds: one target output per concept.
+class Edit(Protocol):
+    """What a dispatcher does in place of its projection."""
+
+    def apply(self, original: Projection, encodings: Tensor) -> Tensor:
+        """The edited projection (B, N, d) of encodings (B, N, D)."""
+        ...
+
+
+class ConceptEdit:
+    """The concepts in one projection: one target output per concept.
 
     `targets` holds each concept's output (d,), or None where it is what the projection itself
     makes of the concept's superclass encoding in `superclasses` (k, D): local key lock. Those are
@@ -67,19 +77,23 @@ class ProjectionEdit:
         self._targets = targets
         self._superclasses = superclasses
 
-    def prepare(
-        self, original: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
+    def apply(self, original: Projection, encodings: Tensor) -> Tensor:
+        """`W x' + g o`: the projection's own forward and one rank-k update."""
+        outputs = self.outputs
+        if outputs is None:
+            outputs = self.prepare(original, encodings.device, encodings.dtype)
+        inputs, gates = self.shared.of(encodings)
+        return project(original, inputs, gates, outputs)
+
+    def prepare(self, original: Projection, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The outputs (k, d) on the device and in the dtype of the layer."""
         # Made as ordinary tensors: a model may also be trained while concepts are applied.
         with torch.inference_mode(False), torch.no_grad():
-            rows = list(self._targets)
+            rows = [None if row is None else row.to(device, dtype) for row in self._targets]
             if any(row is None for row in rows):
-                locked = original(self._superclasses.to(device, dtype)[None])[0]
-                rows = [
-                    own if own is not None else key for own, key in zip(rows, locked, strict=True)
-                ]
-            outputs = torch.stack([row.to(device, dtype) for row in rows if row is not None])
+                keys = original(self._superclasses.to(device, dtype)[None])[0]
+                rows = [key if row is None else row for row, key in zip(rows, keys, strict=True)]
+            outputs = torch.stack([row for row in rows if row is not None])
         self.outputs = outputs
         return outputs
 
@@ -87,39 +101,36 @@ class ProjectionEdit:
 class Dispatcher:
     """Stands in for a projection's `.forward`; plain callable, kept by the module for good.
 
-    Without an edit it is the original forward. With edits of several patchers at once (only when
-    ComfyUI loads them together) the one injected last is in force.
+    Without an edit it is the original forward. With edits of several owners at once (only when
+    ComfyUI loads their patchers together) the one put last is in force.
     """
 
     def __init__(self, module: Any) -> None:
-        self.original: Callable[[Tensor], Tensor] = module.forward
+        self.original: Projection = module.forward
         self.replaced: Any = module.__dict__.get("forward")
-        self.edits: dict[int, ProjectionEdit] = {}
-        self.active: ProjectionEdit | None = None
+        self.edits: dict[int, Edit] = {}
+        self.active: Edit | None = None
 
     def __call__(self, encodings: Tensor) -> Tensor:
         edit = self.active
         if edit is None:
             return self.original(encodings)
-        outputs = edit.outputs
-        if outputs is None:
-            outputs = edit.prepare(self.original, encodings.device, encodings.dtype)
-        inputs, gates = edit.shared.of(encodings)
-        return project(self.original, inputs, gates, outputs)
+        return edit.apply(self.original, encodings)
 
-    def put(self, owner: int, edit: ProjectionEdit) -> None:
-        """Add or replace the edit of one patcher; it becomes the one in force."""
+    def put(self, owner: int, edit: Edit) -> None:
+        """Add or replace the edit of one owner; it becomes the one in force."""
         self.edits.pop(owner, None)
         self.edits[owner] = edit
         self.active = edit
 
     def drop(self, owner: int) -> None:
-        """Remove the edit of one patcher, if it has one."""
+        """Remove the edit of one owner, if it has one."""
         self.edits.pop(owner, None)
         self.active = next(reversed(self.edits.values()), None)
 
 
-def _install(module: Any) -> Dispatcher:
+def install(module: Any) -> Dispatcher:
+    """The dispatcher of a projection module, put in place of its forward."""
     dispatcher = module.__dict__.get(_DISPATCHER)
     current = module.__dict__.get("forward")
     if dispatcher is None:
@@ -132,7 +143,8 @@ def _install(module: Any) -> Dispatcher:
     return dispatcher
 
 
-def _uninstall(module: Any, owner: int) -> None:
+def uninstall(module: Any, owner: int) -> None:
+    """Drop an owner's edit and, when it was the last, give the module its forward back."""
     dispatcher = module.__dict__.get(_DISPATCHER)
     if dispatcher is None:
         return
@@ -152,7 +164,7 @@ class _ModelEdit:
     def __init__(self, model: Any, shared: SharedInputs) -> None:
         self.model_id = id(model)
         self.shared = shared
-        self.projections: list[tuple[Dispatcher, ProjectionEdit]] = []
+        self.projections: list[tuple[Dispatcher, ConceptEdit]] = []
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make everything ready outside of a compiled region."""
@@ -188,8 +200,8 @@ class ConceptInjection:
             keys = [None if c.o_k is None else c.o_k[layer.name] for c in self.concepts]
             values = [concept.o_v[layer.name] for concept in self.concepts]
             for module, targets in ((layer.to_k, keys), (layer.to_v, values)):
-                dispatcher = _install(module)
-                projection = ProjectionEdit(shared, targets, superclasses)
+                dispatcher = install(module)
+                projection = ConceptEdit(shared, targets, superclasses)
                 dispatcher.put(id(patcher), projection)
                 edit.projections.append((dispatcher, projection))
         self._live[id(patcher)] = edit
@@ -197,8 +209,8 @@ class ConceptInjection:
     def eject(self, patcher: Any) -> None:
         """Take the patcher's edit out of its model again, if it is there."""
         for layer in cross_attentions(patcher.model):
-            _uninstall(layer.to_k, id(patcher))
-            _uninstall(layer.to_v, id(patcher))
+            uninstall(layer.to_k, id(patcher))
+            uninstall(layer.to_v, id(patcher))
         self._live.pop(id(patcher), None)
 
     def wrap_apply_model(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ import copy
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,30 +25,10 @@ logger = logging.getLogger("perfusion")
 
 # Not a number: "(embedding:7)" would read as the weight 7.
 _REFERENCE = "perfusion-placeholder-"
-# Characters the prompt syntax gives a meaning of its own.
-_FORBIDDEN = re.compile(r"[\s()\\:{}|]")
 
 
 class PlaceholderError(ValueError):
     """A placeholder word that cannot be used."""
-
-
-def check_placeholder(placeholder: str) -> None:
-    """Make sure a word can stand for a concept in prompts.
-
-    Raises:
-        PlaceholderError: for an empty word, one without any letter or digit, one with characters
-            of the prompt syntax.
-    """
-    remedy = "use one word such as <thing>"
-    if not re.search(r"\w", placeholder):
-        raise PlaceholderError(f"the placeholder {placeholder!r} has no letter or digit; {remedy}")
-    found = _FORBIDDEN.search(placeholder)
-    if found:
-        raise PlaceholderError(
-            f"the placeholder {placeholder!r} contains {found.group()!r}, which has a meaning of "
-            f"its own in prompts; {remedy}"
-        )
 
 
 def is_existing_word(clip: Any, word: str) -> bool:
@@ -66,37 +46,45 @@ def with_placeholders(clip: Any, concepts: Sequence[Concept]) -> Any:
     """A clone of a ComfyUI CLIP whose prompts know the concepts' placeholders.
 
     Raises:
-        PlaceholderError: for an unusable placeholder or one that is taken.
+        PlaceholderError: for a placeholder that is taken.
         ValueError: for a vector missing for a text encoder or of the wrong width.
     """
-    clone = clip.clone()
-    if not concepts:
-        return clone
-    clone.tokenizer = copy.copy(clip.tokenizer)
     encoders = encoder_models(clip)
     for concept in concepts:
-        check_placeholder(concept.placeholder)
         _check_vectors(concept, encoders)
         if is_existing_word(clip, concept.placeholder):
             logger.warning(
                 "the placeholder %r is a word of its own; prompts can no longer use that word",
                 concept.placeholder,
             )
-    for name in encoders:
-        attribute = f"clip_{name}"
-        tokenizer = copy.copy(getattr(clone.tokenizer, attribute))
-        tokenizer.__class__ = _placeholder_class(_stock_class(type(tokenizer)))
-        known = dict(getattr(tokenizer, "placeholder_vectors", {}))
-        for concept in concepts:
-            word = concept.placeholder.lower()
-            if word in known:
-                raise PlaceholderError(
-                    f"the placeholder {concept.placeholder!r} is used by two concepts; each needs "
-                    "one of its own, train one of them under another placeholder"
-                )
-            known[word] = _rows(concept.embeddings[name])
-        tokenizer.placeholder_vectors = known
-        setattr(clone.tokenizer, attribute, tokenizer)
+    for concept in concepts:
+        clip = serve_vectors(clip, concept.placeholder, concept.embeddings)
+    return clip if concepts else clip.clone()
+
+
+def serve_vectors(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> Any:
+    """A clone of a CLIP that puts `vectors` (encoder -> (dim,) or (n, dim)) for a word.
+
+    Raises:
+        PlaceholderError: when the word is taken already.
+    """
+    clone = clip.clone()
+    clone.tokenizer = copy.copy(clip.tokenizer)
+    for name in encoder_models(clip):
+        tokenizer = copy.copy(getattr(clone.tokenizer, f"clip_{name}"))
+        if not isinstance(tokenizer, _PlaceholderTokenizer):
+            tokenizer.__class__ = _placeholder_class(type(tokenizer))
+            tokenizer.placeholder_vectors = {}
+        word = placeholder.lower()
+        if word in tokenizer.placeholder_vectors:
+            raise PlaceholderError(
+                f"the placeholder {placeholder!r} is used by two concepts; each needs one of its "
+                "own, train one of them under another placeholder"
+            )
+        rows = vectors[name].detach().float()
+        served = {word: rows.reshape(-1, rows.shape[-1])}
+        tokenizer.placeholder_vectors = tokenizer.placeholder_vectors | served
+        setattr(clone.tokenizer, f"clip_{name}", tokenizer)
     return clone
 
 
@@ -137,10 +125,6 @@ def _placeholder_class(stock: type) -> type:
     return type(f"Placeholder{stock.__name__}", (_PlaceholderTokenizer, stock), {})
 
 
-def _stock_class(kind: type) -> type:
-    return kind.__mro__[2] if issubclass(kind, _PlaceholderTokenizer) else kind
-
-
 @functools.cache
 def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
     # The longest first, so that no placeholder hides in another; and only whole words.
@@ -154,11 +138,7 @@ def _whole_word(word: str) -> str:
     return f"{before}{re.escape(word)}{after}"
 
 
-def _rows(vectors: Tensor) -> Tensor:
-    return vectors.detach().reshape(-1, vectors.shape[-1]).float()
-
-
-def _check_vectors(concept: Concept, encoders: dict[str, Any]) -> None:
+def _check_vectors(concept: Concept, encoders: Mapping[str, Any]) -> None:
     for name, encoder in encoders.items():
         vectors = concept.embeddings.get(name)
         width = embedding_width(encoder)
