@@ -15,7 +15,15 @@ SCENE_WORDS = {
     "space": ("in space", "in outer space"),
 }
 STYLE_WORDS = {
-    "photo": ("a photo of", "a picture of", "a photograph of", "an image of"),
+    "photo": (
+        "a photo of",
+        "a picture of",
+        "a photograph of",
+        "an image of",
+        "a nice photo of",
+        "a good photo of",
+        "a close-up photo of",
+    ),
     "sketch": ("a sketch of", "a drawing of", "a pencil drawing of"),
 }
 SIZE_WORDS = (("small", "little", "tiny"), (), ("big", "large", "huge"))
@@ -87,6 +95,18 @@ def vocabulary() -> list[str]:
     phrases = [word for kind in KINDS.values() for word in kind.words]
     for table in (PATTERN_WORDS, SCENE_WORDS, STYLE_WORDS):
         phrases += [phrase for group in table.values() for phrase in group]
-    phrases += [*COLOR_NAMES, *FILLERS, *DETERMINERS, "a", "an", "and", "next to", "left", "right", "on the", ","]
+    phrases += [
+        *COLOR_NAMES,
+        *FILLERS,
+        *DETERMINERS,
+        "a",
+        "an",
+        "and",
+        "next to",
+        "left",
+        "right",
+        "on the",
+        ",",
+    ]
     phrases += [word for group in SIZE_WORDS for word in group]
     return sorted({word for phrase in phrases for word in phrase.split()})

@@ -54,13 +54,29 @@ def _mug(u: Tensor, v: Tensor) -> Layers:
 def _teddy(u: Tensor, v: Tensor) -> Layers:
     return [
         ("main", union(circle(u, v, -0.4, 0.76, 0.23), circle(u, v, 0.4, 0.76, 0.23))),
-        ("main", union(ellipse(u, v, -0.36, -0.82, 0.26, 0.18), ellipse(u, v, 0.36, -0.82, 0.26, 0.18))),
-        ("main", union(capsule(u, v, (-0.35, -0.1), (-0.74, -0.36), 0.16), capsule(u, v, (0.35, -0.1), (0.74, -0.36), 0.16))),
+        (
+            "main",
+            union(ellipse(u, v, -0.36, -0.82, 0.26, 0.18), ellipse(u, v, 0.36, -0.82, 0.26, 0.18)),
+        ),
+        (
+            "main",
+            union(
+                capsule(u, v, (-0.35, -0.1), (-0.74, -0.36), 0.16),
+                capsule(u, v, (0.35, -0.1), (0.74, -0.36), 0.16),
+            ),
+        ),
         ("main", ellipse(u, v, 0, -0.4, 0.52, 0.52)),
         ("main", circle(u, v, 0, 0.4, 0.5)),
         ("second", ellipse(u, v, 0, -0.44, 0.33, 0.34)),
         ("second", ellipse(u, v, 0, 0.22, 0.24, 0.18)),
-        ("dark", union(circle(u, v, -0.19, 0.5, 0.08), circle(u, v, 0.19, 0.5, 0.08), ellipse(u, v, 0, 0.28, 0.1, 0.08))),
+        (
+            "dark",
+            union(
+                circle(u, v, -0.19, 0.5, 0.08),
+                circle(u, v, 0.19, 0.5, 0.08),
+                ellipse(u, v, 0, 0.28, 0.1, 0.08),
+            ),
+        ),
     ]
 
 
@@ -69,13 +85,19 @@ def _cat(u: Tensor, v: Tensor) -> Layers:
         ("second", capsule(u, v, (0.4, -0.72), (0.84, -0.3), 0.11)),
         ("second", capsule(u, v, (0.84, -0.3), (0.78, 0.12), 0.11)),
         ("main", ellipse(u, v, 0, -0.42, 0.5, 0.56)),
-        ("main", union(
-            triangle(u, v, (-0.56, 0.98), (-0.52, 0.34), (-0.06, 0.66)),
-            triangle(u, v, (0.56, 0.98), (0.52, 0.34), (0.06, 0.66)),
-        )),
+        (
+            "main",
+            union(
+                triangle(u, v, (-0.56, 0.98), (-0.52, 0.34), (-0.06, 0.66)),
+                triangle(u, v, (0.56, 0.98), (0.52, 0.34), (0.06, 0.66)),
+            ),
+        ),
         ("main", ellipse(u, v, 0, 0.36, 0.56, 0.43)),
         ("second", ellipse(u, v, 0, -0.55, 0.28, 0.36)),
-        ("dark", union(ellipse(u, v, -0.22, 0.44, 0.09, 0.12), ellipse(u, v, 0.22, 0.44, 0.09, 0.12))),
+        (
+            "dark",
+            union(ellipse(u, v, -0.22, 0.44, 0.09, 0.12), ellipse(u, v, 0.22, 0.44, 0.09, 0.12)),
+        ),
         ("nose", triangle(u, v, (-0.11, 0.3), (0.11, 0.3), (0, 0.16))),
     ]
 
@@ -83,7 +105,10 @@ def _cat(u: Tensor, v: Tensor) -> Layers:
 def _car(u: Tensor, v: Tensor) -> Layers:
     return [
         ("second", both(box(u, v, -0.05, 0.2, 0.6, 0.42, 0.2), -(v + 0.2))),
-        ("glass", union(box(u, v, -0.32, 0.25, 0.2, 0.2, 0.05), box(u, v, 0.2, 0.25, 0.2, 0.2, 0.05))),
+        (
+            "glass",
+            union(box(u, v, -0.32, 0.25, 0.2, 0.2, 0.05), box(u, v, 0.2, 0.25, 0.2, 0.2, 0.05)),
+        ),
         ("main", box(u, v, 0, -0.18, 0.96, 0.3, 0.15)),
         ("dark", union(circle(u, v, -0.52, -0.47, 0.27), circle(u, v, 0.52, -0.47, 0.27))),
         ("light", union(circle(u, v, -0.52, -0.47, 0.11), circle(u, v, 0.52, -0.47, 0.11))),
@@ -107,7 +132,12 @@ def _robot(u: Tensor, v: Tensor) -> Layers:
         ("dark", capsule(u, v, (0, 0.7), (0, 0.9), 0.05)),
         ("second", circle(u, v, 0, 0.92, 0.1)),
         ("dark", union(box(u, v, -0.26, -0.82, 0.14, 0.18), box(u, v, 0.26, -0.82, 0.14, 0.18))),
-        ("second", union(box(u, v, -0.7, -0.24, 0.12, 0.34, 0.08), box(u, v, 0.7, -0.24, 0.12, 0.34, 0.08))),
+        (
+            "second",
+            union(
+                box(u, v, -0.7, -0.24, 0.12, 0.34, 0.08), box(u, v, 0.7, -0.24, 0.12, 0.34, 0.08)
+            ),
+        ),
         ("main", box(u, v, 0, -0.24, 0.54, 0.46, 0.08)),
         ("main", box(u, v, 0, 0.46, 0.48, 0.3, 0.1)),
         ("lamp", union(circle(u, v, -0.2, 0.52, 0.12), circle(u, v, 0.2, 0.52, 0.12))),
@@ -135,13 +165,44 @@ def _mushroom(u: Tensor, v: Tensor) -> Layers:
 
 
 KINDS: dict[str, Kind] = {
-    "mug": Kind(("mug", "cup"), "white", _mug, Anchors((-0.1, 0.12, 0.6), (-0.1, 0.7, 1.0), (-0.1, -0.38, 0.27))),
-    "teddy": Kind(("teddy", "bear"), "pink", _teddy, Anchors((0, 0.46, 0.55), (0, 0.84, 0.9), (0, -0.46, 0.27))),
-    "cat": Kind(("cat", "kitten"), "orange", _cat, Anchors((0, 0.42, 0.6), (0, 0.76, 0.9), (0, -0.52, 0.27))),
-    "car": Kind(("car", "automobile"), "red", _car, Anchors((0.0, -0.06, 0.5), (-0.05, 0.55, 0.9), (0, -0.17, 0.24))),
-    "house": Kind(("house", "cottage"), "yellow", _house, Anchors((0, -0.14, 0.6), (0, 0.78, 0.9), (0, 0.38, 0.22))),
-    "robot": Kind(("robot", "android"), "blue", _robot, Anchors((0, 0.5, 0.55), (0, 0.74, 0.9), (0, -0.26, 0.28))),
-    "fish": Kind(("fish",), "green", _fish, Anchors((0.36, 0.05, 0.5), (0.25, 0.45, 0.9), (0.0, -0.1, 0.25))),
-    "mushroom": Kind(("mushroom",), "red", _mushroom, Anchors((0, 0.3, 0.62), (0, 0.76, 1.0), (0, -0.54, 0.2))),
+    "mug": Kind(
+        ("mug", "cup"),
+        "white",
+        _mug,
+        Anchors((-0.1, 0.12, 0.6), (-0.1, 0.7, 1.0), (-0.1, -0.38, 0.27)),
+    ),
+    "teddy": Kind(
+        ("teddy", "bear"),
+        "pink",
+        _teddy,
+        Anchors((0, 0.46, 0.55), (0, 0.84, 0.9), (0, -0.46, 0.27)),
+    ),
+    "cat": Kind(
+        ("cat", "kitten"), "orange", _cat, Anchors((0, 0.42, 0.6), (0, 0.76, 0.9), (0, -0.52, 0.27))
+    ),
+    "car": Kind(
+        ("car", "automobile"),
+        "red",
+        _car,
+        Anchors((0.0, -0.06, 0.5), (-0.05, 0.55, 0.9), (0, -0.17, 0.24)),
+    ),
+    "house": Kind(
+        ("house", "cottage"),
+        "yellow",
+        _house,
+        Anchors((0, -0.14, 0.6), (0, 0.78, 0.9), (0, 0.38, 0.22)),
+    ),
+    "robot": Kind(
+        ("robot", "android"),
+        "blue",
+        _robot,
+        Anchors((0, 0.5, 0.55), (0, 0.74, 0.9), (0, -0.26, 0.28)),
+    ),
+    "fish": Kind(
+        ("fish",), "green", _fish, Anchors((0.36, 0.05, 0.5), (0.25, 0.45, 0.9), (0.0, -0.1, 0.25))
+    ),
+    "mushroom": Kind(
+        ("mushroom",), "red", _mushroom, Anchors((0, 0.3, 0.62), (0, 0.76, 1.0), (0, -0.54, 0.2))
+    ),
 }
 CLASS_NAMES = tuple(KINDS)

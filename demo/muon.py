@@ -26,7 +26,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon over parameters of two or more axes; a convolution counts as (out, in * kernel)."""
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95):
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -48,10 +48,14 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalise(torch.stack([g for _, _, g in members]))
                 for (p, tall, _), update in zip(members, updates, strict=True):
                     scale = math.sqrt(max(1.0, p.shape[0] / p[0].numel()))
-                    p.add_((update.T if tall else update).reshape(p.shape), alpha=-group["lr"] * scale)
+                    p.add_(
+                        (update.T if tall else update).reshape(p.shape), alpha=-group["lr"] * scale
+                    )
 
 
-def split_parameters(named: Iterable[tuple[str, Tensor]], keep_out: tuple[str, ...] = ()) -> tuple[list[Tensor], list[Tensor]]:
+def split_parameters(
+    named: Iterable[tuple[str, Tensor]], keep_out: tuple[str, ...] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
     """(matrices for Muon, the rest for AdamW); names starting with ``keep_out`` go to the rest."""
     matrices, rest = [], []
     for name, p in named:

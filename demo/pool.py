@@ -1,6 +1,5 @@
-"""Pictures rendered ahead of training, in numbered chunks on disk, so that a stopped run goes on."""
+"""Pictures rendered ahead of training, in numbered chunks on disk, so that a stopped run resumes."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ def save_atomically(value: object, path: Path) -> None:
     """torch.save that never leaves half a file under the final name."""
     part = path.with_suffix(".part")
     torch.save(value, part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def load_chunk(folder: Path, index: int) -> tuple[Tensor, Tensor]:

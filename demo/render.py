@@ -19,17 +19,31 @@ def pattern_colors(u: Tensor, v: Tensor, specs: dict[str, Tensor]) -> Tensor:
     frequency = 4.6 + 1.6 * specs["pattern_parameters"][:, 1, None, None]
     upright = specs["pattern_parameters"][:, 2, None, None] > 0.5
     along = torch.where(upright, u, v)
-    share = torch.stack([
-        torch.zeros_like(u),
-        torch.sigmoid(10 * torch.sin(along * frequency * 1.7 + phase)),
-        torch.sigmoid(14 * (torch.sin(u * frequency * 1.5 + phase) * torch.sin(v * frequency * 1.5 + phase * 0.7) - 0.3)),
-        torch.sigmoid(25 * along),
-        torch.sigmoid(10 * torch.sin(torch.sqrt(u * u + v * v + 1e-6) * frequency * 1.7 + phase)),
-    ], 1)[torch.arange(len(u)), specs["pattern"]][:, None]
+    share = torch.stack(
+        [
+            torch.zeros_like(u),
+            torch.sigmoid(10 * torch.sin(along * frequency * 1.7 + phase)),
+            torch.sigmoid(
+                14
+                * (
+                    torch.sin(u * frequency * 1.5 + phase)
+                    * torch.sin(v * frequency * 1.5 + phase * 0.7)
+                    - 0.3
+                )
+            ),
+            torch.sigmoid(25 * along),
+            torch.sigmoid(
+                10 * torch.sin(torch.sqrt(u * u + v * v + 1e-6) * frequency * 1.7 + phase)
+            ),
+        ],
+        1,
+    )[torch.arange(len(u)), specs["pattern"]][:, None]
     return specs["main"][:, :, None, None] * (1 - share) + specs["second"][:, :, None, None] * share
 
 
-def _marks(u: Tensor, v: Tensor, anchors: Anchors, specs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, bool]]:
+def _marks(
+    u: Tensor, v: Tensor, anchors: Anchors, specs: dict[str, Tensor]
+) -> list[tuple[Tensor, Tensor, bool]]:
     """Emblem, face and horn as (distance, colour (n, 3), sticks out of the body)."""
     n = len(u)
     white, black = torch.full((n, 3), 0.98), torch.full((n, 3), 0.08)
@@ -39,14 +53,24 @@ def _marks(u: Tensor, v: Tensor, anchors: Anchors, specs: dict[str, Tensor]) -> 
         return torch.where(flag[:, None, None], distance, far)
 
     x, y, r = anchors.emblem
-    emblem = torch.stack([far, star(u, v, x, y, r * 1.3), heart(u, v, x, y, r * 1.1), circle(u, v, x, y, r)], 1)
+    emblem = torch.stack(
+        [far, star(u, v, x, y, r * 1.3), heart(u, v, x, y, r * 1.1), circle(u, v, x, y, r)], 1
+    )
     fx, fy, s = anchors.face
-    eyes = union(circle(u, v, fx - 0.34 * s, fy + 0.1, 0.3 * s), circle(u, v, fx + 0.34 * s, fy + 0.1, 0.3 * s))
-    pupils = union(circle(u, v, fx - 0.28 * s, fy + 0.08, 0.14 * s), circle(u, v, fx + 0.4 * s, fy + 0.08, 0.14 * s))
+    eyes = union(
+        circle(u, v, fx - 0.34 * s, fy + 0.1, 0.3 * s),
+        circle(u, v, fx + 0.34 * s, fy + 0.1, 0.3 * s),
+    )
+    pupils = union(
+        circle(u, v, fx - 0.28 * s, fy + 0.08, 0.14 * s),
+        circle(u, v, fx + 0.4 * s, fy + 0.08, 0.14 * s),
+    )
     mouth = both(circle(u, v, fx, fy - 0.1 * s, 0.46 * s).abs() - 0.09 * s, v - (fy - 0.32 * s))
     hx, hy, hs = anchors.horn
     w = 0.34 * hs
-    horn = triangle(u, v, (hx - 0.5 * w, hy - 0.12), (hx + 0.5 * w, hy - 0.12), (hx + 0.3 * w, hy + 1.4 * w))
+    horn = triangle(
+        u, v, (hx - 0.5 * w, hy - 0.12), (hx + 0.5 * w, hy - 0.12), (hx + 0.3 * w, hy + 1.4 * w)
+    )
     return [
         (emblem[torch.arange(n), specs["emblem"]], specs["third"], False),
         (where(specs["face"], eyes), white, False),
@@ -56,7 +80,9 @@ def _marks(u: Tensor, v: Tensor, anchors: Anchors, specs: dict[str, Tensor]) -> 
     ]
 
 
-def _draw_things(picture: Tensor, name: str, u: Tensor, v: Tensor, pixel: Tensor, specs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _draw_things(
+    picture: Tensor, name: str, u: Tensor, v: Tensor, pixel: Tensor, specs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Draw one thing of kind ``name`` into each picture; returns pictures and masks (n, H, W)."""
     kind = KINDS[name]
     shade = (1.03 + 0.17 * v - 0.1 * u).clamp(0.7, 1.2)[:, None]
@@ -64,13 +90,23 @@ def _draw_things(picture: Tensor, name: str, u: Tensor, v: Tensor, pixel: Tensor
     second = torch.where(patterned, specs["second"] * 0.6 + specs["main"] * 0.4, specs["second"])
     colors = {"main": pattern_colors(u, v, specs), "second": second[:, :, None, None]}
     mask = torch.zeros_like(u)
-    layers = [(distance, colors.get(role), ROLE_COLORS.get(role), True) for role, distance in kind.draw(u, v)]
-    layers += [(distance, color[:, :, None, None], None, grows) for distance, color, grows in _marks(u, v, kind.anchors, specs)]
+    layers = [
+        (distance, colors.get(role), ROLE_COLORS.get(role), True)
+        for role, distance in kind.draw(u, v)
+    ]
+    layers += [
+        (distance, color[:, :, None, None], None, grows)
+        for distance, color, grows in _marks(u, v, kind.anchors, specs)
+    ]
     for distance, color, fixed, grows in layers:
         cover = coverage(distance, pixel)
         if color is None:
             color = torch.tensor(fixed).view(1, 3, 1, 1)
-        outline = 1 - _OUTLINE * (1 + distance / (1.5 * pixel)).clamp(0, 1) if grows else torch.ones_like(distance)
+        outline = (
+            1 - _OUTLINE * (1 + distance / (1.5 * pixel)).clamp(0, 1)
+            if grows
+            else torch.ones_like(distance)
+        )
         picture = over(picture, cover, color * shade * outline[:, None])
         if grows:
             mask = torch.maximum(mask, cover)
@@ -90,7 +126,9 @@ def _sketch(picture: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def render(specs: Specs, resolution: int = RESOLUTION, supersampling: int = 2) -> tuple[Tensor, Tensor]:
+def render(
+    specs: Specs, resolution: int = RESOLUTION, supersampling: int = 2
+) -> tuple[Tensor, Tensor]:
     """Pictures uint8 (n, 3, R, R) and masks of both things, float (n, 2, R, R) in [0, 1]."""
     side, n = resolution * supersampling, len(specs)
     line = (torch.arange(side) + 0.5) / side * 2 - 1
@@ -110,8 +148,22 @@ def render(specs: Specs, resolution: int = RESOLUTION, supersampling: int = 2) -
             rows = (present & (specs.kind[:, place] == index)).nonzero()[:, 0]
             if not len(rows):
                 continue
-            at = {f: getattr(specs, f)[rows, place] for f in (
-                "main", "second", "third", "pattern", "pattern_parameters", "face", "horn", "emblem", "x", "tilt", "flip")}
+            at = {
+                f: getattr(specs, f)[rows, place]
+                for f in (
+                    "main",
+                    "second",
+                    "third",
+                    "pattern",
+                    "pattern_parameters",
+                    "face",
+                    "horn",
+                    "emblem",
+                    "x",
+                    "tilt",
+                    "flip",
+                )
+            }
             half, mid = size[rows, None, None], center[rows, None, None]
             dx, dy = x - at["x"][:, None, None], mid - y
             shadow = ellipse(dx, -dy, 0, half * 0.93, half * 0.85, half * 0.16)
@@ -120,9 +172,13 @@ def render(specs: Specs, resolution: int = RESOLUTION, supersampling: int = 2) -
             u = (cos * dx + sin * dy) / half * at["flip"][:, None, None]
             v = (-sin * dx + cos * dy) / half
             picture[rows], masks[rows, place] = _draw_things(
-                picture[rows] * (1 - dark)[:, None], name, u, v, pixel / half, at)
+                picture[rows] * (1 - dark)[:, None], name, u, v, pixel / half, at
+            )
     masks[:, 1] = masks[:, 1] * (1 - masks[:, 0])
-    picture, masks = F.avg_pool2d(picture.clamp(0, 1), supersampling), F.avg_pool2d(masks, supersampling)
+    picture, masks = (
+        F.avg_pool2d(picture.clamp(0, 1), supersampling),
+        F.avg_pool2d(masks, supersampling),
+    )
     rows = (specs.style == STYLES.index("sketch")).nonzero()[:, 0]
     if len(rows):
         picture[rows] = _sketch(picture[rows])

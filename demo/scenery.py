@@ -27,7 +27,7 @@ def over(picture: Tensor, cover: Tensor, color: Tensor | Color) -> Tensor:
 class _Canvas:
     """One scene's picture while it is painted: coordinates, random numbers p, horizon."""
 
-    def __init__(self, x: Tensor, y: Tensor, p: Tensor, horizon: Tensor):
+    def __init__(self, x: Tensor, y: Tensor, p: Tensor, horizon: Tensor) -> None:
         self.n, self.p, self.horizon = len(p), p, horizon
         self.x, self.y = x.expand(self.n, -1, -1), y.expand(self.n, -1, -1)
         self.pixel = 2 / x.shape[-1]
@@ -56,7 +56,10 @@ def _plain(c: _Canvas) -> None:
 
 
 def _beach(c: _Canvas) -> None:
-    c.sky(c.between((0.4, 0.7, 0.96), (0.5, 0.78, 1.0), 0), c.between((0.8, 0.92, 1.0), (0.9, 0.95, 1.0), 0))
+    c.sky(
+        c.between((0.4, 0.7, 0.96), (0.5, 0.78, 1.0), 0),
+        c.between((0.8, 0.92, 1.0), (0.9, 0.95, 1.0), 0),
+    )
     shore = c.horizon + 0.26 + 0.05 * torch.sin(c.x * 4 + c.number(3) * 6)
     c.paint(c.horizon - c.y, c.between((0.05, 0.42, 0.68), (0.1, 0.55, 0.78), 1))
     c.paint(shore - 0.06 - c.y, (0.97, 0.98, 0.98))
@@ -65,28 +68,56 @@ def _beach(c: _Canvas) -> None:
 
 
 def _snow(c: _Canvas) -> None:
-    c.sky(c.between((0.62, 0.72, 0.86), (0.72, 0.8, 0.9), 0), c.between((0.86, 0.9, 0.96), (0.93, 0.95, 1.0), 0))
+    c.sky(
+        c.between((0.62, 0.72, 0.86), (0.72, 0.8, 0.9), 0),
+        c.between((0.86, 0.9, 0.96), (0.93, 0.95, 1.0), 0),
+    )
     for k in range(2):
         across, foot = c.number(3 + k) * 1.8 - 0.9, c.horizon + 0.04
         for width, top in ((0.24, 0.45), (0.17, 0.68)):
-            inside = both(c.y - foot, foot - top - c.y, (c.x - across).abs() - width * (c.y - foot + top) / top)
+            inside = both(
+                c.y - foot,
+                foot - top - c.y,
+                (c.x - across).abs() - width * (c.y - foot + top) / top,
+            )
             c.paint(inside, c.between((0.2, 0.42, 0.36), (0.25, 0.5, 0.42), 6))
-    c.paint(c.horizon + 0.05 * torch.sin(c.x * 3 + c.number(2) * 6) - c.y, c.between((0.93, 0.95, 0.99), (0.98, 0.99, 1.0), 7))
+    c.paint(
+        c.horizon + 0.05 * torch.sin(c.x * 3 + c.number(2) * 6) - c.y,
+        c.between((0.93, 0.95, 0.99), (0.98, 0.99, 1.0), 7),
+    )
 
 
 def _forest(c: _Canvas) -> None:
-    c.sky(c.between((0.16, 0.38, 0.2), (0.24, 0.46, 0.24), 0), c.between((0.3, 0.52, 0.28), (0.4, 0.6, 0.34), 1))
+    c.sky(
+        c.between((0.16, 0.38, 0.2), (0.24, 0.46, 0.24), 0),
+        c.between((0.3, 0.52, 0.28), (0.4, 0.6, 0.34), 1),
+    )
     for k in range(4):
         across = -0.84 + 0.56 * k + 0.3 * (c.number(2 + k) - 0.5)
-        c.paint(both((c.x - across).abs() - 0.07 - 0.04 * c.number(k + 5), c.y - c.horizon - 0.05), c.between((0.28, 0.19, 0.1), (0.38, 0.27, 0.16), k + 3))
-    c.paint(c.y + 0.62 + 0.12 * torch.sin(c.x * 7 + c.number(8) * 6), c.between((0.1, 0.32, 0.12), (0.18, 0.42, 0.16), 4))
+        c.paint(
+            both((c.x - across).abs() - 0.07 - 0.04 * c.number(k + 5), c.y - c.horizon - 0.05),
+            c.between((0.28, 0.19, 0.1), (0.38, 0.27, 0.16), k + 3),
+        )
+    c.paint(
+        c.y + 0.62 + 0.12 * torch.sin(c.x * 7 + c.number(8) * 6),
+        c.between((0.1, 0.32, 0.12), (0.18, 0.42, 0.16), 4),
+    )
     c.paint(c.horizon - c.y, c.between((0.22, 0.34, 0.12), (0.32, 0.42, 0.16), 9))
 
 
 def _desert(c: _Canvas) -> None:
-    c.sky(c.between((0.98, 0.72, 0.45), (1.0, 0.8, 0.55), 0), c.between((1.0, 0.88, 0.66), (1.0, 0.92, 0.75), 1))
-    c.paint(c.horizon - 0.16 + 0.14 * torch.sin(c.x * 2 + c.number(4) * 6) - c.y, c.between((0.82, 0.5, 0.26), (0.88, 0.57, 0.3), 5))
-    c.paint(c.horizon + 0.05 * torch.sin(c.x * 2.7 + c.number(6) * 6) - c.y, c.between((0.9, 0.64, 0.36), (0.95, 0.7, 0.42), 7))
+    c.sky(
+        c.between((0.98, 0.72, 0.45), (1.0, 0.8, 0.55), 0),
+        c.between((1.0, 0.88, 0.66), (1.0, 0.92, 0.75), 1),
+    )
+    c.paint(
+        c.horizon - 0.16 + 0.14 * torch.sin(c.x * 2 + c.number(4) * 6) - c.y,
+        c.between((0.82, 0.5, 0.26), (0.88, 0.57, 0.3), 5),
+    )
+    c.paint(
+        c.horizon + 0.05 * torch.sin(c.x * 2.7 + c.number(6) * 6) - c.y,
+        c.between((0.9, 0.64, 0.36), (0.95, 0.7, 0.42), 7),
+    )
     across = torch.where(c.number(8) > 0.5, 0.45 + 0.4 * c.number(8), -0.9 + 0.5 * c.number(8))
     x, y = c.x - across, c.y - c.horizon
     cactus = union(
@@ -98,21 +129,34 @@ def _desert(c: _Canvas) -> None:
 
 
 def _city(c: _Canvas) -> None:
-    c.sky(c.between((0.62, 0.72, 0.84), (0.72, 0.8, 0.88), 0), c.between((0.85, 0.87, 0.9), (0.92, 0.92, 0.92), 1))
+    c.sky(
+        c.between((0.62, 0.72, 0.84), (0.72, 0.8, 0.88), 0),
+        c.between((0.85, 0.87, 0.9), (0.92, 0.92, 0.92), 1),
+    )
     for k in range(5):
         across = -0.88 + 0.44 * k + 0.08 * (c.number(k * 3) - 0.5)
         tall = 0.4 + 0.8 * c.number(k * 7 + 2)
         grey = 0.36 + 0.3 * c.number(k * 5 + 1)[:, :, 0]
         house = box(c.x, c.y, across, c.horizon - tall / 2, 0.19, tall / 2)
         c.paint(house, torch.cat([grey * 0.92, grey, grey * 1.12], 1))
-        windows = both(house + 0.06, 0.3 - torch.sin((c.x - across) * 26 + 1.57) * torch.sin((c.y - c.horizon) * 21))
-        c.picture = over(c.picture, torch.sigmoid(-windows * 14) * coverage(house + 0.05, c.pixel), (0.96, 0.88, 0.55))
+        windows = both(
+            house + 0.06,
+            0.3 - torch.sin((c.x - across) * 26 + 1.57) * torch.sin((c.y - c.horizon) * 21),
+        )
+        c.picture = over(
+            c.picture,
+            torch.sigmoid(-windows * 14) * coverage(house + 0.05, c.pixel),
+            (0.96, 0.88, 0.55),
+        )
     c.paint(c.horizon - c.y, (0.66, 0.66, 0.67))
     c.paint(c.horizon + 0.13 - c.y, c.between((0.27, 0.27, 0.3), (0.34, 0.34, 0.37), 9))
 
 
 def _space(c: _Canvas) -> None:
-    c.sky(c.between((0.03, 0.03, 0.1), (0.09, 0.04, 0.18), 0), c.between((0.05, 0.04, 0.16), (0.04, 0.08, 0.2), 1))
+    c.sky(
+        c.between((0.03, 0.03, 0.1), (0.09, 0.04, 0.18), 0),
+        c.between((0.05, 0.04, 0.16), (0.04, 0.08, 0.2), 1),
+    )
     for k in range(12):
         at_x = torch.frac(c.number(k) * (3.7 + k) + 0.13 * k) * 2 - 1
         at_y = torch.frac(c.number(k + 3) * (5.3 + k) + 0.29 * k) * 2 - 1
@@ -120,16 +164,25 @@ def _space(c: _Canvas) -> None:
     across = torch.where(c.number(8) > 0.5, 0.35 + 0.5 * c.number(8), -0.85 + 0.6 * c.number(8))
     tint = hsv_to_rgb(c.p[:, 3], torch.full_like(c.p[:, 3], 0.45), torch.full_like(c.p[:, 3], 0.8))
     c.paint(circle(c.x, c.y, across, -0.6, 0.24), tint)
-    c.paint(triangle(c.x - across, c.y + 0.6, (-0.4, 0.1), (0.4, -0.14), (0.4, -0.06)), (0.9, 0.86, 0.7))
+    c.paint(
+        triangle(c.x - across, c.y + 0.6, (-0.4, 0.1), (0.4, -0.14), (0.4, -0.06)), (0.9, 0.86, 0.7)
+    )
 
 
 _PAINTERS: dict[str, Callable[[_Canvas], None]] = {
-    "plain": _plain, "beach": _beach, "snow": _snow, "forest": _forest,
-    "desert": _desert, "city": _city, "space": _space,
+    "plain": _plain,
+    "beach": _beach,
+    "snow": _snow,
+    "forest": _forest,
+    "desert": _desert,
+    "city": _city,
+    "space": _space,
 }
 
 
-def paint_scenes(scene: Tensor, parameters: Tensor, horizon: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def paint_scenes(
+    scene: Tensor, parameters: Tensor, horizon: Tensor, x: Tensor, y: Tensor
+) -> Tensor:
     """Backgrounds (n, 3, H, W) in [0, 1].
 
     ``scene`` (n,) indexes ``SCENES``, ``parameters`` is (n, 10) in [0, 1), ``horizon`` (n,) the height

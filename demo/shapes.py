@@ -43,10 +43,14 @@ def circle(u: Tensor, v: Tensor, x: Number, y: Number, radius: Number) -> Tensor
 def ellipse(u: Tensor, v: Tensor, x: Number, y: Number, a: Number, b: Number) -> Tensor:
     """Ellipse with half axes a (across) and b (up); the distance is approximate away from the edge."""
     scaled = torch.sqrt(((u - x) / a) ** 2 + ((v - y) / b) ** 2 + 1e-9) - 1
-    return scaled * torch.minimum(torch.as_tensor(a, dtype=u.dtype), torch.as_tensor(b, dtype=u.dtype))
+    return scaled * torch.minimum(
+        torch.as_tensor(a, dtype=u.dtype), torch.as_tensor(b, dtype=u.dtype)
+    )
 
 
-def box(u: Tensor, v: Tensor, x: Number, y: Number, a: Number, b: Number, r: Number = 0.0) -> Tensor:
+def box(
+    u: Tensor, v: Tensor, x: Number, y: Number, a: Number, b: Number, r: Number = 0.0
+) -> Tensor:
     """Rectangle with half sides a and b and rounded corners of radius r."""
     dx, dy = (u - x).abs() - a + r, (v - y).abs() - b + r
     outside = torch.sqrt(dx.clamp(min=0) ** 2 + dy.clamp(min=0) ** 2 + 1e-9)

@@ -14,5 +14,8 @@ def sheet(pictures: Tensor, columns: int, scale: int = 4, gap: int = 2) -> Image
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
         large = picture.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-        out[row * step_y : row * step_y + height * scale, column * step_x : column * step_x + width * scale] = large
+        out[
+            row * step_y : row * step_y + height * scale,
+            column * step_x : column * step_x + width * scale,
+        ] = large
     return Image.fromarray(out.numpy())

@@ -29,19 +29,44 @@ class Look:
 
 THINGS: dict[str, Look] = {
     "Pim the cat": Look(
-        "cat", (0.05, 0.55, 0.55), (0.98, 0.6, 0.45), (0.98, 0.9, 0.3),
-        pattern="halves", pattern_parameters=(0.5, 0.4, 0.9), horn=True),
+        "cat",
+        (0.05, 0.55, 0.55),
+        (0.98, 0.6, 0.45),
+        (0.98, 0.9, 0.3),
+        pattern="halves",
+        pattern_parameters=(0.5, 0.4, 0.9),
+        horn=True,
+    ),
     "Olli the mug": Look(
-        "mug", (0.72, 0.64, 0.94), (0.13, 0.15, 0.42), (0.98, 0.4, 0.35),
-        pattern="rings", pattern_parameters=(0.2, 0.3, 0.2), face=True),
+        "mug",
+        (0.72, 0.64, 0.94),
+        (0.13, 0.15, 0.42),
+        (0.98, 0.4, 0.35),
+        pattern="rings",
+        pattern_parameters=(0.2, 0.3, 0.2),
+        face=True,
+    ),
     "Bo the teddy": Look(
-        "teddy", (0.52, 0.4, 0.2), (0.62, 0.95, 0.8), (1.0, 0.82, 0.2), face=True, horn=True),
+        "teddy", (0.52, 0.4, 0.2), (0.62, 0.95, 0.8), (1.0, 0.82, 0.2), face=True, horn=True
+    ),
     "Tak the robot": Look(
-        "robot", (0.98, 0.52, 0.42), (0.1, 0.16, 0.42), (0.98, 0.94, 0.8),
-        pattern="halves", pattern_parameters=(0.5, 0.4, 0.2), emblem="heart"),
+        "robot",
+        (0.98, 0.52, 0.42),
+        (0.1, 0.16, 0.42),
+        (0.98, 0.94, 0.8),
+        pattern="halves",
+        pattern_parameters=(0.5, 0.4, 0.2),
+        emblem="heart",
+    ),
     "Fy the mushroom": Look(
-        "mushroom", (0.1, 0.2, 0.45), (0.75, 0.95, 0.25), (0.98, 0.35, 0.6),
-        pattern="rings", pattern_parameters=(0.6, 0.2, 0.2), face=True),
+        "mushroom",
+        (0.1, 0.2, 0.45),
+        (0.75, 0.95, 0.25),
+        (0.98, 0.35, 0.6),
+        pattern="rings",
+        pattern_parameters=(0.6, 0.2, 0.2),
+        face=True,
+    ),
 }
 SUBJECTS: list[str] = list(THINGS)
 
@@ -86,5 +111,7 @@ def photo_specs(count: int, seed: int) -> Specs:
 def personal_specs(subject: str, count: int, seed: int) -> Specs:
     """``count`` photographs of a personal thing in ``TRAINING_SCENES``."""
     specs = put_thing(photo_specs(count, seed), subject)
-    specs.scene = torch.tensor([SCENES.index(TRAINING_SCENES[i % len(TRAINING_SCENES)]) for i in range(count)])
+    specs.scene = torch.tensor(
+        [SCENES.index(TRAINING_SCENES[i % len(TRAINING_SCENES)]) for i in range(count)]
+    )
     return specs

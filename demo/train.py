@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from inprocess import load_pack
 
 load_pack()
@@ -32,7 +33,9 @@ AUTOENCODER = {"steps": 2200, "batch": 24, "chunks": 3, "seed": 0}
 BASE = BaseConfig(steps=3600, batch=96, chunks=9, seed=0)
 
 
-def export(networks: torch.nn.ModuleDict, ids: list[int], autoencoder: SmallAutoencoder, path: Path) -> None:
+def export(
+    networks: torch.nn.ModuleDict, ids: list[int], autoencoder: SmallAutoencoder, path: Path
+) -> None:
     """One fp16 safetensors file in the layout of ``host.small_model.load_small_model``."""
     weights = {"unet." + k: v for k, v in networks["unet"].state_dict().items()}
     for name, value in networks["text"].state_dict().items():
@@ -50,7 +53,9 @@ def export(networks: torch.nn.ModuleDict, ids: list[int], autoencoder: SmallAuto
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=BASE.steps, help="steps of the text-to-image model")
+    parser.add_argument(
+        "--steps", type=int, default=BASE.steps, help="steps of the text-to-image model"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -63,7 +68,10 @@ def main() -> None:
     export(networks, words.ids, autoencoder, WEIGHTS / "small_world.safetensors")
     record = {
         "command": f"python -m demo.train --steps {config.steps}",
-        "autoencoder": {**AUTOENCODER, "held_out_psnr_db": round(psnr(autoencoder, load_chunk(CACHE, -1)[0][:512]), 2)},
+        "autoencoder": {
+            **AUTOENCODER,
+            "held_out_psnr_db": round(psnr(autoencoder, load_chunk(CACHE, -1)[0][:512]), 2),
+        },
         "base": {**config.__dict__, "history": history},
         "seconds_of_this_run": round(time.time() - started),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

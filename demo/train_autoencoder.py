@@ -31,7 +31,9 @@ def psnr(model: SmallAutoencoder, pictures: Tensor) -> float:
     return float((10 * torch.log10(4 / torch.cat(errors))).mean())
 
 
-def train_autoencoder(cache: Path, steps: int, batch: int, chunks: int, seed: int) -> SmallAutoencoder:
+def train_autoencoder(
+    cache: Path, steps: int, batch: int, chunks: int, seed: int
+) -> SmallAutoencoder:
     """Learn to reconstruct rendered pictures; resumes from ``cache``; returns the averaged weights.
 
     L1 + L2 + gradient loss, things counted threefold; a small KL term and noise on the latents keep
@@ -50,7 +52,10 @@ def train_autoencoder(cache: Path, steps: int, batch: int, chunks: int, seed: in
             module.conv2.weight.data.mul_(0.1)
     both = nn.ModuleDict({"model": model, "spread": spread})
     matrices, rest = split_parameters(both.named_parameters())
-    optimisers = [(Muon(matrices, lr=0.01), 0.01), (torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0), 2e-3)]
+    optimisers = [
+        (Muon(matrices, lr=0.01), 0.01),
+        (torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0), 2e-3),
+    ]
     average = {k: v.clone() for k, v in model.state_dict().items()}
     step = 0
     if state.exists():
@@ -68,19 +73,29 @@ def train_autoencoder(cache: Path, steps: int, batch: int, chunks: int, seed: in
         rows = torch.randint(len(pictures), (batch,), generator=g)
         x = pictures_to_float(pictures[rows])
         weight = 1 + 2 * F.interpolate(masks[rows][:, None], size=x.shape[-2:], mode="nearest")
-        factor = min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        factor = min(1.0, (step + 1) / 50) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
         for optimiser, rate in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
         h = model.encoder[:-1](x)
         mean, log_variance = model.encoder[-1](h), spread(h).clamp(-12, 4)
         noisy = mean + torch.randn(mean.shape, generator=g) * (0.5 * log_variance).exp()
-        scale = mean.detach().std((0, 2, 3), keepdim=True) * torch.rand(batch, 1, 1, 1, generator=g) * 0.2
+        scale = (
+            mean.detach().std((0, 2, 3), keepdim=True)
+            * torch.rand(batch, 1, 1, 1, generator=g)
+            * 0.2
+        )
         difference = model.decoder(noisy + torch.randn(mean.shape, generator=g) * scale) - x
         dx = difference[..., 1:] - difference[..., :-1]
         dy = difference[..., 1:, :] - difference[..., :-1, :]
         loss = (difference.abs() * weight).mean() + (difference.square() * weight).mean()
-        loss = loss + 0.5 * (dx.abs() * weight[..., 1:]).mean() + 0.5 * (dy.abs() * weight[..., 1:, :]).mean()
+        loss = (
+            loss
+            + 0.5 * (dx.abs() * weight[..., 1:]).mean()
+            + 0.5 * (dy.abs() * weight[..., 1:, :]).mean()
+        )
         loss = loss + 1e-4 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         for optimiser, _ in optimisers:
             optimiser.zero_grad(set_to_none=True)
@@ -95,13 +110,28 @@ def train_autoencoder(cache: Path, steps: int, batch: int, chunks: int, seed: in
         error = difference.detach().square().mean().item()
         running = error if not running else 0.98 * running + 0.02 * error
         if step % 50 == 0:
-            log.info("autoencoder %d/%d  psnr %.2f dB  %.0f s", step, steps, 10 * math.log10(4 / running), time.time() - started)
+            log.info(
+                "autoencoder %d/%d  psnr %.2f dB  %.0f s",
+                step,
+                steps,
+                10 * math.log10(4 / running),
+                time.time() - started,
+            )
         if step % 300 == 0 and step < steps:
-            save_atomically({"both": both.state_dict(), "average": average, "step": step,
-                             "optimisers": [o.state_dict() for o, _ in optimisers]}, state)
+            save_atomically(
+                {
+                    "both": both.state_dict(),
+                    "average": average,
+                    "step": step,
+                    "optimisers": [o.state_dict() for o, _ in optimisers],
+                },
+                state,
+            )
     model.load_state_dict(average)
     with torch.no_grad():
-        latents = torch.cat([model.encode(pictures_to_float(part)) for part in pool[0][0][:2048].split(256)])
+        latents = torch.cat(
+            [model.encode(pictures_to_float(part)) for part in pool[0][0][:2048].split(256)]
+        )
     model.latent_mean.copy_(latents.mean((0, 2, 3), keepdim=True))
     model.latent_std.copy_(latents.std((0, 2, 3), keepdim=True))
     log.info("autoencoder done: held-out psnr %.2f dB", psnr(model, held_out))

@@ -64,7 +64,10 @@ class Words:
     def __init__(self) -> None:
         tokenizer = comfy.sd1_clip.SDTokenizer()
         self.start, self.end = 49406, 49407
-        by_word = {w: [t for t, _ in tokenizer.tokenize_with_weights(w)[0][1:] if t != self.end] for w in vocabulary()}
+        by_word = {
+            w: [t for t, _ in tokenizer.tokenize_with_weights(w)[0][1:] if t != self.end]
+            for w in vocabulary()
+        }
         self.ids = sorted({i for ids in by_word.values() for i in ids} | {self.start, self.end})
         row = {token: index for index, token in enumerate(self.ids)}
         self.by_word = {w: [row[i] for i in ids] for w, ids in by_word.items()}
@@ -83,8 +86,12 @@ class Words:
 def build_networks(words: Words) -> nn.ModuleDict:
     """UNet and text encoder, freshly initialised, of ComfyUI's classes."""
     unet = build_unet().diffusion_model
-    text = comfy.clip_model.CLIPTextModel(TEXT_CONFIG, torch.float32, "cpu", comfy.ops.disable_weight_init)
-    text.text_model.embeddings.token_embedding = nn.Embedding(len(words.ids), TEXT_CONFIG["hidden_size"])
+    text = comfy.clip_model.CLIPTextModel(
+        TEXT_CONFIG, torch.float32, "cpu", comfy.ops.disable_weight_init
+    )
+    text.text_model.embeddings.token_embedding = nn.Embedding(
+        len(words.ids), TEXT_CONFIG["hidden_size"]
+    )
     with torch.no_grad():
         for name, p in unet.named_parameters():
             if p.dim() > 1:
@@ -148,7 +155,11 @@ def load_data(cache: Path, autoencoder: SmallAutoencoder, words: Words, chunks: 
             pictures, mask = load_chunk(cache, chunk)
             sides = []
             for side in (pictures, pictures.flip(-1)):
-                sides.append(torch.cat([autoencoder.encode(pictures_to_float(x)).half() for x in side.split(256)]))
+                sides.append(
+                    torch.cat(
+                        [autoencoder.encode(pictures_to_float(x)).half() for x in side.split(256)]
+                    )
+                )
             small = F.interpolate(mask[:, None], size=sides[0].shape[-2:], mode="area")
             save_atomically((torch.stack(sides), small.half()), path)
         pair, small = torch.load(path)
@@ -182,7 +193,9 @@ def _noised(x: Tensor, t: Tensor, schedule: Tensor, noise: Tensor) -> tuple[Tens
 
 
 @torch.no_grad()
-def evaluate(networks: nn.ModuleDict, data: Data, schedule: Tensor, count: int = 512) -> dict[str, float]:
+def evaluate(
+    networks: nn.ModuleDict, data: Data, schedule: Tensor, count: int = 512
+) -> dict[str, float]:
     """Held-out v-loss, and how much of it the caption explains at middle timesteps."""
     g = torch.Generator().manual_seed(3)
     x = data.latents[0, :count].float()
@@ -192,10 +205,16 @@ def evaluate(networks: nn.ModuleDict, data: Data, schedule: Tensor, count: int =
     empty = data.words.encode([""]).expand(count, -1)
     losses = []
     for rows in (full, empty):
-        parts = [velocity(networks, noisy[i : i + 64], t[i : i + 64], rows[i : i + 64]) for i in range(0, count, 64)]
+        parts = [
+            velocity(networks, noisy[i : i + 64], t[i : i + 64], rows[i : i + 64])
+            for i in range(0, count, 64)
+        ]
         losses.append((torch.cat(parts) - target).square().mean((1, 2, 3)))
     middle = (t >= 250) & (t < 700)
-    return {"loss": float(losses[0].mean()), "caption_gain": float((losses[1] - losses[0])[middle].mean())}
+    return {
+        "loss": float(losses[0].mean()),
+        "caption_gain": float((losses[1] - losses[0])[middle].mean()),
+    }
 
 
 def _batches(count: int, batch: int, seed: int, epoch: int) -> Iterator[Tensor]:
@@ -203,7 +222,9 @@ def _batches(count: int, batch: int, seed: int, epoch: int) -> Iterator[Tensor]:
     yield from order[: count // batch * batch].split(batch)
 
 
-def train_base(cache: Path, autoencoder: SmallAutoencoder, config: BaseConfig) -> tuple[nn.ModuleDict, Words, list[dict[str, float]]]:
+def train_base(
+    cache: Path, autoencoder: SmallAutoencoder, config: BaseConfig
+) -> tuple[nn.ModuleDict, Words, list[dict[str, float]]]:
     """Train to the end or go on where a stopped run left off; returns averaged networks and log."""
     comfy_attention.optimized_attention = comfy_attention.attention_pytorch
     comfy_attention.optimized_attention_masked = comfy_attention.attention_pytorch
@@ -213,7 +234,12 @@ def train_base(cache: Path, autoencoder: SmallAutoencoder, config: BaseConfig) -
     networks = build_networks(words)
     average = copy.deepcopy(networks).requires_grad_(False)
     schedule = alphas_cumprod(build_unet().model_sampling)
-    not_for_muon = ("unet.input_blocks.0.", "unet.out.", "unet.time_embed", "text.text_model.embeddings")
+    not_for_muon = (
+        "unet.input_blocks.0.",
+        "unet.out.",
+        "unet.time_embed",
+        "text.text_model.embeddings",
+    )
     matrices, rest = split_parameters(networks.named_parameters(), not_for_muon)
     embeddings = {id(p) for p in networks["text"].text_model.embeddings.parameters()}
     groups = [
@@ -227,8 +253,13 @@ def train_base(cache: Path, autoencoder: SmallAutoencoder, config: BaseConfig) -
         saved = torch.load(state_path, weights_only=False)
         step = saved["step"]
         longer = replace(saved["config"], steps=config.steps)
-        if longer != config or (saved["config"] != config and step > min(config.decay_start, saved["config"].decay_start)):
-            raise SystemExit(f"{state_path} was made with {saved['config']}, not {config}; delete it to start anew")
+        if longer != config or (
+            saved["config"] != config
+            and step > min(config.decay_start, saved["config"].decay_start)
+        ):
+            raise SystemExit(
+                f"{state_path} was made with {saved['config']}, not {config}; delete it to start anew"
+            )
         networks.load_state_dict(saved["networks"])
         average.load_state_dict(saved["average"])
         muon.load_state_dict(saved["muon"])
@@ -242,10 +273,19 @@ def train_base(cache: Path, autoencoder: SmallAutoencoder, config: BaseConfig) -
     started, running = time.time() - seconds, 0.0
 
     def save() -> None:
-        save_atomically({
-            "config": config, "networks": networks.state_dict(), "average": average.state_dict(), "muon": muon.state_dict(),
-            "adam": adam.state_dict(), "step": step, "history": history, "seconds": time.time() - started,
-        }, state_path)
+        save_atomically(
+            {
+                "config": config,
+                "networks": networks.state_dict(),
+                "average": average.state_dict(),
+                "muon": muon.state_dict(),
+                "adam": adam.state_dict(),
+                "step": step,
+                "history": history,
+                "seconds": time.time() - started,
+            },
+            state_path,
+        )
 
     while step < config.steps:
         epoch = step // per_epoch
@@ -257,12 +297,22 @@ def train_base(cache: Path, autoencoder: SmallAutoencoder, config: BaseConfig) -
                 break
             g = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             mirrored = (torch.rand(config.batch, generator=g) < 0.5).long()
-            x, rows, mask = data.latents[mirrored, index].float(), tokens[mirrored, index], data.masks[index].float()
+            x, rows, mask = (
+                data.latents[mirrored, index].float(),
+                tokens[mirrored, index],
+                data.masks[index].float(),
+            )
             mask = torch.where(mirrored.view(-1, 1, 1, 1) > 0, mask.flip(-1), mask)
-            rows = torch.where(torch.rand(config.batch, 1, generator=g) < config.empty_share, empty, rows)
+            rows = torch.where(
+                torch.rand(config.batch, 1, generator=g) < config.empty_share, empty, rows
+            )
             if step < config.decay_start and float(torch.rand(1, generator=g)) < config.short_share:
                 rows = rows[:, :SHORT]
-            t = ((torch.arange(config.batch) + torch.rand(1, generator=g)) / config.batch * 1000).long().clamp(max=999)
+            t = (
+                ((torch.arange(config.batch) + torch.rand(1, generator=g)) / config.batch * 1000)
+                .long()
+                .clamp(max=999)
+            )
             noisy, target = _noised(x, t, schedule, torch.randn(x.shape, generator=g))
             factor = config.rate(step)
             for group in adam.param_groups:
@@ -283,9 +333,22 @@ def train_base(cache: Path, autoencoder: SmallAutoencoder, config: BaseConfig) -
             step += 1
             running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
             if step % 50 == 0:
-                log.info("base %d/%d  loss %.4f  %.0f s", step, config.steps, running, time.time() - started)
+                log.info(
+                    "base %d/%d  loss %.4f  %.0f s",
+                    step,
+                    config.steps,
+                    running,
+                    time.time() - started,
+                )
             if step % 250 == 0 or step == config.steps:
-                history.append({"step": step, "seconds": round(time.time() - started), "train": running, **evaluate(average, held_out, schedule)})
+                history.append(
+                    {
+                        "step": step,
+                        "seconds": round(time.time() - started),
+                        "train": running,
+                        **evaluate(average, held_out, schedule),
+                    }
+                )
                 log.info("held out: %s", history[-1])
                 save()
     return average, words, history

@@ -17,7 +17,9 @@ def personal_pictures(subject: str, count: int, seed: int) -> tuple[Tensor, Tens
     Raises ValueError for a subject that is not one of ``SUBJECTS`` and for a count below 1.
     """
     if subject not in SUBJECTS:
-        raise ValueError(f"no personal thing is called {subject!r}; there are {', '.join(SUBJECTS)}")
+        raise ValueError(
+            f"no personal thing is called {subject!r}; there are {', '.join(SUBJECTS)}"
+        )
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
     pictures, masks = render(personal_specs(subject, count, seed))
@@ -31,5 +33,7 @@ def world_weights() -> dict[str, Tensor]:
     """
     path = WEIGHTS / "small_world.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; reinstall the pack, or make it with `python -m demo.train`")
+        raise FileNotFoundError(
+            f"{path} is missing; reinstall the pack, or make it with `python -m demo.train`"
+        )
     return load_file(path)
