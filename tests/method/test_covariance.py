@@ -77,7 +77,7 @@ def test_fewer_tokens_than_dimensions_are_solved_through_the_ridge():
     accumulator.add(torch.randn(1, 3, WIDTH))
     i = torch.randn(WIDTH)
     assert float(i.double() @ accumulator.result().dual(i)) > 0
-    with pytest.raises(ValueError, match="not positive definite.*more captions"):
+    with pytest.raises(ValueError, match=r"not positive definite.*more captions"):
         accumulator.result(ridge=0.0).dual(i)
 
 

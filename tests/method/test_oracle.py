@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import perfusion_pytorch
 import pytest
 import torch
 from torch import nn
 
 from perfusion.rank_one import Direction, edit_projection
-
-oracle = pytest.importorskip("perfusion_pytorch", reason="perfusion-pytorch is not installed")
 
 WIDTH, FEATURES, TOKENS = 48, 20, 11
 
@@ -20,7 +19,7 @@ def test_the_single_concept_forward_in_eval_mode_agrees_in_fp32(is_key, bias, te
     samples = torch.randn(400, WIDTH) * torch.logspace(-0.5, 0.5, WIDTH)
     covariance = samples.mT @ samples / 400
     linear = nn.Linear(WIDTH, FEATURES, bias=False)
-    module = oracle.Rank1EditModule(
+    module = perfusion_pytorch.Rank1EditModule(
         linear,
         C=covariance,
         text_seq_len=TOKENS,
@@ -37,11 +36,11 @@ def test_the_single_concept_forward_in_eval_mode_agrees_in_fp32(is_key, bias, te
     encodings[1, 4] = i
     encodings[2, 2] = 0.7 * i + 0.3 * encodings[2, 2]
     dual = torch.linalg.solve(covariance.double(), i.double())
-    found = edit_projection(
-        linear.weight, encodings, [Direction(i, dual, bias, temperature)], o[None]
-    )
+    direction = Direction(i, dual, bias, temperature)
     with torch.no_grad():
+        found = edit_projection(linear.weight, encodings, [direction], o[None])
         expected = module(encodings)
+        plain = linear(encodings)
     assert float((found - expected).abs().max()) < 1e-4
     # The comparison means something: the edit moves these projections by far more than that.
-    assert float((expected - linear(encodings)).abs().max()) > 0.5
+    assert float((expected - plain).abs().max()) > 0.5

@@ -149,7 +149,11 @@ def test_a_bias_towards_minus_infinity_adds_the_whole_output_to_every_token(rand
 
 def test_strength_blends_the_edit_with_the_plain_projection(random):
     metric, weight = covariance(random), normal(random, FEATURES, WIDTH)
-    i, o, encodings = normal(random, 1, WIDTH), normal(random, 1, FEATURES), normal(random, 6, WIDTH)
+    i, o, encodings = (
+        normal(random, 1, WIDTH),
+        normal(random, 1, FEATURES),
+        normal(random, 6, WIDTH),
+    )
     whole = edit_projection(weight, encodings, directions_for(metric, i), o)
     part = edit_projection(weight, encodings, directions_for(metric, i, strength=0.3), o)
     torch.testing.assert_close(
@@ -189,7 +193,7 @@ def test_two_parallel_concepts_are_refused_by_name(random):
     metric, i = covariance(random), normal(random, WIDTH)
     others = normal(random, 1, WIDTH)
     inputs = torch.stack([i, others[0], 3 * i + 1e-4 * others[0]])
-    with pytest.raises(ValueError, match="'concept-0' and 'concept-2' are .*parallel"):
+    with pytest.raises(ValueError, match=r"'concept-0' and 'concept-2' are .*parallel"):
         combine(directions_for(metric, inputs))
 
 

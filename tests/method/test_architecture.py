@@ -1,0 +1,126 @@
+"""The one-way rule: nodes use host and perfusion, host uses perfusion, perfusion uses neither."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LAYERS = ("perfusion", "host", "nodes", "demo")
+# Relative imports become absolute under this name, so that they differ from ComfyUI's modules.
+PACK = "pack"
+FORBIDDEN = {
+    "perfusion": (
+        *(f"{PACK}.{layer}" for layer in ("host", "nodes", "demo")),
+        *("host", "nodes", "demo", "comfy", "comfy_api", "comfy_extras", "folder_paths"),
+        *("execution", "server", "model_management", "inprocess"),
+    ),
+    "host": (f"{PACK}.nodes", "nodes"),
+    "nodes": ("comfy", "comfy_extras", "nodes"),
+    "demo": (f"{PACK}.nodes", "nodes"),
+}
+METHOD_NEEDS = {"torch", "einops", "safetensors"}
+# The trainer of the small world runs from a developer's shell and is not published.
+PUBLISHED_EXCEPT = {"demo/train.py"}
+UNSAFE_CALLS = {"eval", "exec", "__import__", "import_module"}
+UNSAFE_MODULES = ("subprocess", "pickle", "requests", "urllib", "socket", "http", "ctypes")
+
+
+def sources(repository: Path, layer: str) -> list[Path]:
+    return sorted((repository / layer).rglob("*.py"))
+
+
+def imports(repository: Path, path: Path) -> Iterator[str]:
+    """Every module a file imports, at whatever depth in the file, by its absolute name."""
+    package = [PACK, *path.relative_to(repository).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            # `from .. import nodes` imports a module too.
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def test_the_import_reader_sees_every_way_to_import(tmp_path):
+    folder = tmp_path / "host"
+    folder.mkdir()
+    file = folder / "a.py"
+    file.write_text(
+        "import nodes\nfrom .. import nodes\nfrom ..nodes.x import y\n"
+        "def f():\n    import comfy.sd as c\n    from . import z\n"
+    )
+    assert set(imports(tmp_path, file)) == {
+        "nodes",
+        "pack.nodes",
+        "pack.nodes.x.y",
+        "comfy.sd",
+        "pack.host.z",
+    }
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_point_one_way_only(layer, repository):
+    wrong = [
+        f"{path.relative_to(repository)} imports {name}"
+        for path in sources(repository, layer)
+        for name in imports(repository, path)
+        if within(name, FORBIDDEN[layer])
+    ]
+    assert wrong == []
+
+
+def test_the_method_needs_torch_einops_and_safetensors_and_nothing_else(repository):
+    files = sources(repository, "perfusion")
+    assert len(files) > 8
+    roots = {name.split(".")[0] for path in files for name in imports(repository, path)}
+    assert roots - sys.stdlib_module_names - {PACK} <= METHOD_NEEDS
+    inner = [name for path in files for name in imports(repository, path) if name[0:5] == "pack."]
+    assert all(name.startswith("pack.perfusion.") for name in inner)
+
+
+def test_the_method_can_be_imported_alone_and_brings_no_host(repository):
+    code = (
+        "import sys, perfusion\n"
+        "hosts = {'comfy', 'folder_paths', 'nodes'}\n"
+        "found = [name for name in sys.modules if name.split('.')[0] in hosts]\n"
+        "assert not found, found\n"
+        "assert all(hasattr(perfusion, name) for name in perfusion.__all__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_published_files_call_nothing_the_registry_withholds_packs_for(layer, repository):
+    found = []
+    for path in sources(repository, layer):
+        name = path.relative_to(repository).as_posix()
+        if name in PUBLISHED_EXCEPT:
+            continue
+        found += [
+            f"{name} imports {n}" for n in imports(repository, path) if within(n, UNSAFE_MODULES)
+        ]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                # model.eval() and the like are methods, not the builtin.
+                method = isinstance(node.func, ast.Attribute) and called in ("eval", "exec")
+                if called in UNSAFE_CALLS and not method:
+                    found.append(f"{name}:{node.lineno} calls {called}")
+    assert found == []
+
+
+def test_the_method_is_kept_in_small_files(repository):
+    lengths = sorted(len(p.read_text().splitlines()) for p in sources(repository, "perfusion"))
+    assert lengths[-1] < 400
+    assert lengths[len(lengths) // 2] <= 200
