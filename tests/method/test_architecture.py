@@ -19,9 +19,9 @@ FORBIDDEN = {
         *("host", "nodes", "demo", "comfy", "comfy_api", "comfy_extras", "folder_paths"),
         *("execution", "server", "model_management", "inprocess"),
     ),
-    "host": (f"{PACK}.nodes", "nodes"),
+    "host": (f"{PACK}.nodes", "comfyui_perfusion.nodes", "nodes"),
     "nodes": ("comfy", "comfy_extras", "nodes"),
-    "demo": (f"{PACK}.nodes", "nodes"),
+    "demo": (f"{PACK}.nodes", "comfyui_perfusion.nodes", "nodes"),
 }
 METHOD_NEEDS = {"torch", "einops", "safetensors"}
 # The trainer of the small world runs from a developer's shell and is not published.
