@@ -18,10 +18,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from comfy import model_base, model_patcher, sd, sd1_clip, sdxl_clip  # noqa: E402
 from comfy.supported_models_base import ClipTarget  # noqa: E402
+from comfy.taesd.taesd import TAESD  # noqa: E402
 from comfyui_perfusion.host.families import cross_attentions, family_of  # noqa: E402
 from comfyui_perfusion.perfusion import Concept  # noqa: E402
 
-torch.set_num_threads(2)
+# One thread: small tensors, and a machine that may be busy otherwise.
+torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 
@@ -137,6 +139,15 @@ def build_clip(family: str, seed: int = 1) -> sd.CLIP:
     )
     randomise(clip.cond_stage_model, seed)
     return clip
+
+
+def build_vae(seed: int = 2) -> sd.VAE:
+    """A VAE with random weights, 4 channels on 1/8 of the side."""
+    network = TAESD(latent_channels=4)
+    randomise(network, seed)
+    with torch.no_grad():
+        network.vae_scale.fill_(1.0)
+    return sd.VAE(sd=dict(network.state_dict()))
 
 
 def build_concept(

@@ -1,0 +1,250 @@
+"""A MODEL, CLIP and VAE with training pictures, as the method's `Denoiser` sees them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..perfusion.denoiser import Batch, Encoded
+from ..perfusion.rank_one import GatedEdit, Part
+from .families import check_clip, cross_attentions, family_of
+from .injection import Projection, install
+from .native_loss import loss_weight, schedule
+from .private_copy import ordinary, private_clip, private_patcher, training_dtype, unload
+from .text import TextEncoders, Tokens
+from .tokens import PlaceholderError, is_existing_word, serve_vectors
+from .training_images import TrainingImages, encode_images
+
+_OWNER = 0
+
+
+@contextlib.contextmanager
+def training_view(
+    model: Any,
+    clip: Any,
+    vae: Any,
+    images: Tensor,
+    mask: Tensor | None,
+    superclass: str,
+    placeholder: str,
+) -> Iterator[TrainingView]:
+    """A `Denoiser` over private copies; everything is as before afterwards, whatever happens.
+
+    `images` (B, H, W, 3) in 0..1, `mask` (B, H, W), (1, H, W) or None. Within the context
+    autograd is on, whatever the caller's mode.
+
+    Raises:
+        ValueError: for pictures, a mask, a superclass or a placeholder that cannot be used.
+        UnsupportedModelError: for a model or CLIP that cannot be trained on.
+    """
+    check_clip(clip, family_of(model.model))
+    _check_words(clip, superclass, placeholder)
+    was_training = comfy.model_management.in_training
+    private: list[Any] = []
+    # The user's own models are handled in the caller's mode, in which their weights were made.
+    pictures = encode_images(vae, images, mask)
+    for patcher in (clip.patcher, model):
+        unload(patcher)
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            own_clip = private_clip(clip)
+            private.append(own_clip.patcher)
+            own_model = private_patcher(model)
+            private.append(own_model)
+            dtype = training_dtype(own_model)
+            if dtype is not own_model.model.get_dtype_inference():
+                own_model.set_model_compute_dtype(dtype)
+            comfy.model_management.in_training = True
+            comfy.model_management.load_models_gpu(private, force_full_load=True)
+            yield TrainingView(own_model, own_clip, pictures, superclass, placeholder)
+        finally:
+            comfy.model_management.in_training = was_training
+            for patcher in private:
+                unload(patcher)
+                patcher.cleanup()
+
+
+class TrainingView:
+    """Implements `perfusion.denoiser.Denoiser`; made by `training_view`."""
+
+    def __init__(
+        self, model: Any, clip: Any, pictures: TrainingImages, superclass: str, placeholder: str
+    ) -> None:
+        self._model = model.model
+        self._device = model.load_device
+        self._dtype = self._model.get_dtype_inference()
+        self._superclass = superclass
+        self._placeholder = placeholder
+        self._edit: GatedEdit | None = None
+        self._projections: dict[tuple[str, Part], Any] = {}
+        self.layers: Mapping[str, int] = self._take_projections()
+        self.family: str = family_of(self._model).name
+        self._text = TextEncoders(clip)
+        self.encoder_hash: str = self._text.digest()
+        self._own_words = {
+            name: self._text.word_tokens(name, superclass) for name in self._text.family.encoders
+        }
+        marker = {name: torch.zeros(width) for name, width in self._text.family.encoders.items()}
+        self._marked = TextEncoders(serve_vectors(clip, placeholder, marker))
+        self._sections: dict[str, dict[str, Tokens]] = {}
+        self._images = pictures
+        latents = self._model.process_latent_in(ordinary(pictures.latents))
+        self._latents = latents.to(self._device, torch.float32)
+        weights = pictures.masks
+        self._weights = None if weights is None else ordinary(weights).to(self._device)
+
+    @property
+    def image_count(self) -> int:
+        """How many training images there are."""
+        return self._latents.shape[0]
+
+    def initial_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> token vector (dim,) of the superclass, the mean over its sub-words."""
+        return {
+            name: self._text.token_vectors(name, tokens).mean(0)
+            for name, tokens in self._own_words.items()
+        }
+
+    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
+        """Encode prompts that each contain the placeholder, with these token vectors."""
+        batch, masks = [], []
+        for prompt in prompts:
+            section = self._section(self._marked, prompt)
+            batch.append(
+                {
+                    name: [embeddings[name] if isinstance(t, Tensor) else t for t in tokens]
+                    for name, tokens in section.items()
+                }
+            )
+            masks.append([isinstance(token, Tensor) for token in next(iter(section.values()))])
+            if not any(masks[-1]):
+                raise ValueError(
+                    f"the placeholder {self._placeholder!r} is missing from the prompt {prompt!r}; "
+                    "every training prompt must contain it"
+                )
+        return self._encode(batch, torch.tensor(masks))
+
+    def encode_superclass(self, prompts: Sequence[str]) -> Encoded:
+        """Encode prompts that each contain the superclass, the mask on all its sub-words."""
+        batch, masks = [], []
+        for prompt in prompts:
+            section = self._section(self._text, prompt)
+            name, tokens = next(iter(section.items()))
+            word = self._own_words[name]
+            starts = [at for at in range(len(tokens)) if tokens[at : at + len(word)] == word]
+            if not starts:
+                raise ValueError(
+                    f"the superclass {self._superclass!r} is missing from the prompt {prompt!r}; "
+                    "every training prompt must contain it"
+                )
+            positions = range(starts[0], starts[0] + len(word))
+            masks.append([at in positions for at in range(len(tokens))])
+            batch.append(section)
+        return self._encode(batch, torch.tensor(masks))
+
+    def project(self, layer: str, part: Part, encodings: Tensor) -> Tensor:
+        """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward."""
+        original: Projection = self._projections[layer, part].original
+        return original(encodings.to(self._device, self._dtype))
+
+    def errors(self, batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+        """Squared error (B, C, h, w) of the prediction of x0, times the native loss weight."""
+        sampling = self._model.model_sampling
+        clean = self._latents[batch.indices.to(self._device)]
+        noise = torch.randn(clean.shape, generator=batch.generator).to(clean)
+        sigma = schedule(sampling, batch.timesteps).to(self._device)
+        noisy = sampling.noise_scaling(sigma, noise, clean)
+        self._edit = edit
+        try:
+            denoised = self._model.apply_model(
+                noisy,
+                sigma,
+                c_crossattn=encoded.encodings,
+                transformer_options={"optimized_attention_override": _attention},
+                **self._conditions(noisy, encoded),
+            )
+        finally:
+            self._edit = None
+        return (denoised - clean).square() * loss_weight(sampling, sigma)
+
+    def masks(self, indices: Tensor) -> Tensor | None:
+        """Weights (B, 1, h, w) of the pixels of these images, or None for no masks."""
+        return None if self._weights is None else self._weights[indices.to(self._device)]
+
+    def _take_projections(self) -> dict[str, int]:
+        layers = {}
+        for layer in cross_attentions(self._model):
+            layers[layer.name] = layer.value_width
+            parts: tuple[tuple[Part, Any], ...] = (("k", layer.to_k), ("v", layer.to_v))
+            for part, module in parts:
+                dispatcher = install(module)
+                dispatcher.put(_OWNER, _Trained(self, layer.name, part))
+                self._projections[layer.name, part] = dispatcher
+        return layers
+
+    def _section(self, text: TextEncoders, prompt: str) -> dict[str, Tokens]:
+        if prompt not in self._sections:
+            self._sections[prompt] = text.section(prompt)
+        return self._sections[prompt]
+
+    def _encode(self, batch: list[dict[str, Tokens]], mask: Tensor) -> Encoded:
+        found = self._text.encode(batch)
+        # What the projections will read at inference is what the gate must be trained on.
+        encodings = found.encodings.to(self._device, self._dtype)
+        return Encoded(encodings, mask[:, : encodings.shape[1]].to(self._device), found.pooled)
+
+    def _conditions(self, noisy: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+        """What the model wants besides the text (SDXL: pooled text and picture sizes)."""
+        size = {"width": self._images.width, "height": self._images.height}
+        conditions = self._model.extra_conds(
+            noise=noisy,
+            device=self._device,
+            pooled_output=encoded.extra,
+            prompt_type="positive",
+            **size,
+        )
+        return {
+            name: condition.process_cond(
+                batch_size=noisy.shape[0], device=self._device, area=None
+            ).cond
+            for name, condition in conditions.items()
+        }
+
+
+class _Trained:
+    """The edit under training in one projection."""
+
+    def __init__(self, view: TrainingView, layer: str, part: Part) -> None:
+        self._view = view
+        self._layer = layer
+        self._part: Part = part
+
+    def apply(self, original: Projection, encodings: Tensor) -> Tensor:
+        edit = self._view._edit
+        if edit is None:
+            return original(encodings)
+        return edit.apply(original, self._layer, self._part)
+
+
+def _attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    # ComfyUI's choice for the CPU trades time for memory; with gradients it has neither.
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _check_words(clip: Any, superclass: str, placeholder: str) -> None:
+    if is_existing_word(clip, placeholder):
+        raise PlaceholderError(
+            f"the placeholder {placeholder!r} is a word the model already knows, and prompts could "
+            f"no longer use it; choose another, for instance <{placeholder}>"
+        )
+    if placeholder.lower() in superclass.lower():
+        raise PlaceholderError(
+            f"the placeholder {placeholder!r} is part of the superclass {superclass!r}; choose "
+            "another placeholder"
+        )
