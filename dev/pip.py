@@ -55,7 +55,7 @@ def _show(line: str) -> None:
         say(f"   {line}")
     elif line.startswith("Installing collected packages"):
         packages = line.count(",") + 1
-        say(f"   Installing {packages} packages")
+        say(f"   Installing {packages} packages (the slowest part)")
     elif line:
         progress(f"   {line}")
 

@@ -19,7 +19,7 @@ from .comfyui import Host
 from .report import Failure
 
 PROOF = "PerfusionApplyConcepts"  # a node that is there only if the pack was imported
-START_SECONDS = 180
+START_SECONDS = 300  # ten are usual; a busy machine may take long
 
 
 def free_port() -> int:
@@ -106,7 +106,10 @@ class Server:
                     ) from None
                 time.sleep(0.2)
         if PROOF not in self.client.json("/object_info/" + PROOF):
-            raise Failure(f"ComfyUI runs without the pack: {self.complaint()} (log: {self.log})")
+            raise Failure(
+                f"ComfyUI runs without the pack, which did not load: {self.complaint()} "
+                f"(log: {self.log})"
+            )
 
     def complaint(self) -> str:
         """What the log says went wrong: its last error, else its last line."""
