@@ -10,12 +10,21 @@ import random
 
 COUNT = 1500
 
-_SUBJECTS = (
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+def _phrases(text: str) -> list[str]:
+    return text.split("|")
+
+
+_SUBJECTS = _words(
     "man woman boy girl child baby couple family farmer chef doctor nurse teacher painter musician "
     "dancer soldier pilot sailor policeman fisherman tourist student cyclist skier surfer crowd "
     "cat dog kitten puppy horse cow sheep goat pig chicken duck goose swan owl eagle parrot crow "
-    "rabbit squirrel fox wolf bear deer elephant giraffe zebra lion tiger monkey dolphin whale fish "
-    "frog snake turtle butterfly bee spider car truck bus van taxi motorcycle bicycle train tram "
+    "rabbit squirrel fox wolf bear deer elephant giraffe zebra lion tiger monkey dolphin whale "
+    "fish frog snake turtle butterfly bee spider car truck bus van taxi motorcycle bicycle train tram "
     "boat ship sailboat canoe airplane helicopter rocket tractor house cottage castle tower church "
     "bridge lighthouse barn tent skyscraper market cafe library chair table sofa bed lamp mirror "
     "clock vase basket bottle cup mug teapot plate bowl spoon knife candle book newspaper letter "
@@ -24,35 +33,35 @@ _SUBJECTS = (
     "ring necklace key coin flower rose tulip sunflower tree oak pine palm leaf mushroom cactus "
     "apple orange banana lemon pear grape strawberry tomato carrot onion potato bread cake cookie "
     "pizza sandwich salad soup cheese egg coffee tea statue fountain painting poster map flag"
-).split()
-_LOOKS = (
+)
+_LOOKS = _words(
     "red blue green yellow orange purple pink brown black white gray golden silver small big tiny "
     "huge tall old new young happy sad tired angry beautiful cute funny strange broken shiny dirty "
     "wooden metal plastic glass stone striped spotted fluffy furry wet dry empty full open closed "
     "bright dark colorful plain modern ancient famous lonely sleeping"
-).split()
-_DOINGS = (
+)
+_DOINGS = _phrases(
     "sitting|standing|lying|walking|running|jumping|sleeping|resting|waiting|playing|moving slowly|"
     "hanging|floating|seen from above|seen from behind|seen from the side|covered in snow|"
     "covered in flowers|in the rain|in the wind|in the fog|in bright sunlight|in the shade|on fire|"
     "under water|looking at the camera|next to a window|in front of a door|behind a fence|"
     "on a table|on a chair|on the floor|on the roof|on a shelf|in a box|in a cup"
-).split("|")
-_PLACES = (
+)
+_PLACES = _phrases(
     "on the beach|in the park|in the city|on a street|in the forest|in the mountains|in the desert|"
     "by a river|by a lake|at sea|in the jungle|in a garden|in a field|on a hill|in a kitchen|"
     "in a bedroom|in a bathroom|in a living room|in an office|in a school|in a museum|in a shop|"
     "in a factory|at a station|at an airport|in a stadium|on a farm|in a village|in Paris|"
     "in New York|in Tokyo|in Venice|in space|on the moon|at night|at sunset|at dawn|at noon|"
     "in winter|in summer|in autumn|in spring"
-).split("|")
-_STYLES = (
+)
+_STYLES = _phrases(
     "a photo of {}|a photograph of {}|a picture of {}|an image of {}|a close-up of {}|"
     "a black and white photo of {}|a blurry photo of {}|a professional photo of {}|"
     "an old photo of {}|a painting of {}|an oil painting of {}|a watercolor of {}|a drawing of {}|"
     "a pencil sketch of {}|a cartoon of {}|a digital illustration of {}|a sculpture of {}|"
     "a 3d rendering of {}|a poster of {}|a stamp with {}|{}|{}|{}|{}|{}|{}"
-).split("|")
+)
 _COUNTS = ("two", "three", "several", "many")
 
 

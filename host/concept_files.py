@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import time
 from pathlib import Path
 
 import folder_paths
 
+from ..perfusion.concept import Concept, load_concept, save_concept
+
+logger = logging.getLogger("perfusion")
+
 FOLDER = "perfusion"
 EXTENSION = ".safetensors"
+INTERRUPTED = "interrupted"
 
 
 def register_folder() -> None:
@@ -15,3 +23,76 @@ def register_folder() -> None:
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, EXTENSION})
+
+
+def concept_names() -> list[str]:
+    """Every concept file, with its sub-folder, as a loader's menu shows them."""
+    names = folder_paths.get_filename_list(FOLDER)
+    return [name for name in names if name.lower().endswith(EXTENSION)]
+
+
+def concept_path(name: str) -> Path:
+    """The file of a name from `concept_names`.
+
+    Raises:
+        FileNotFoundError: when there is no such file inside the concept folders.
+    """
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None or not name.lower().endswith(EXTENSION):
+        folders = ", ".join(folder_paths.get_folder_paths(FOLDER))
+        raise FileNotFoundError(
+            f"there is no concept file {name!r} in {folders}; put it there, or press R to refresh "
+            "the list"
+        )
+    return Path(path)
+
+
+def read_concept(name: str) -> Concept:
+    """Load the concept file of a name from `concept_names`."""
+    return load_concept(concept_path(name))
+
+
+def fingerprint(name: str) -> str:
+    """Changes whenever the file does."""
+    status = concept_path(name).stat()
+    return f"{status.st_mtime_ns} {status.st_size}"
+
+
+def write_concept(concept: Concept, filename_prefix: str) -> tuple[str, int]:
+    """Save a concept under the next free number; returns its name and its size in bytes.
+
+    `filename_prefix` may name sub-folders and use ComfyUI's variables such as %year%.
+
+    Raises:
+        ValueError: for a prefix that leaves the concept folder or names no file.
+    """
+    root = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    inside = (root / filename_prefix).resolve()
+    if not inside.is_relative_to(root.resolve()) or inside == root.resolve():
+        raise ValueError(
+            f"filename_prefix: expected a name inside {root}, found {filename_prefix!r}; use a "
+            "name such as 'concepts/my_cat'"
+        )
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(
+        filename_prefix, str(root)
+    )
+    file = f"{name}_{number:05}_{EXTENSION}"
+    path = save_concept(concept, Path(folder) / file)
+    return (Path(subfolder) / file).as_posix(), path.stat().st_size
+
+
+def write_interrupted(concept: Concept) -> str:
+    """Save what an unfinished training learned; returns the file's name."""
+    word = re.sub(r"[^A-Za-z0-9_-]+", "", concept.placeholder) or "concept"
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0]) / INTERRUPTED
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{word}_{time.strftime('%Y%m%d-%H%M%S')}"
+    path = folder / f"{stem}{EXTENSION}"
+    number = 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}{EXTENSION}"
+    save_concept(concept, path)
+    name = f"{INTERRUPTED}/{path.name}"
+    logger.warning("training did not finish; what was learned so far is %s", path)
+    return name

@@ -43,8 +43,7 @@ def training_view(
         ValueError: for pictures, a mask, a superclass or a placeholder that cannot be used.
         UnsupportedModelError: for a model or CLIP that cannot be trained on.
     """
-    check_clip(clip, family_of(model.model))
-    _check_words(clip, superclass, placeholder)
+    check_training(model, clip, superclass, placeholder)
     was_training = comfy.model_management.in_training
     private: list[Any] = []
     # The user's own models are handled in the caller's mode, in which their weights were made.
@@ -237,7 +236,14 @@ def _attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-def _check_words(clip: Any, superclass: str, placeholder: str) -> None:
+def check_training(model: Any, clip: Any, superclass: str, placeholder: str) -> None:
+    """Make sure a model, its CLIP and these words can be trained with.
+
+    Raises:
+        UnsupportedModelError: for a model or CLIP that cannot be trained on.
+        PlaceholderError: for a placeholder that is a word already or part of the superclass.
+    """
+    check_clip(clip, family_of(model.model))
     if is_existing_word(clip, placeholder):
         raise PlaceholderError(
             f"the placeholder {placeholder!r} is a word the model already knows, and prompts could "

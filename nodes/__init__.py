@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .concepts import (
+    PerfusionApplyConcepts,
+    PerfusionLoadConcept,
+    PerfusionSaveConcept,
+    PerfusionSetGate,
+)
+from .demo import PerfusionDemoImages, PerfusionDemoModel
+from .training import PerfusionCovariance, PerfusionTrainConcept
+
+NODES: tuple[type[io.ComfyNode], ...] = (
+    PerfusionApplyConcepts,
+    PerfusionLoadConcept,
+    PerfusionSetGate,
+    PerfusionSaveConcept,
+    PerfusionTrainConcept,
+    PerfusionCovariance,
+    PerfusionDemoModel,
+    PerfusionDemoImages,
+)
+
 
 class PerfusionExtension(ComfyExtension):
     """The pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The node classes, in the order in which a user meets them."""
-        return []
+        return list(NODES)

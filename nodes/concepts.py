@@ -1,0 +1,177 @@
+"""Concepts in a graph: load, set the gate, apply, save."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..host.apply import apply_concepts
+from ..host.concept_files import concept_names, fingerprint, read_concept, write_concept
+from ..perfusion.concept import Concept
+from .kinds import ConceptKind
+
+CATEGORY = "perfusion"
+MOST_CONCEPTS = 32
+
+
+class PerfusionLoadConcept(io.ComfyNode):
+    """A concept from models/perfusion."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Id, inputs and outputs."""
+        return io.Schema(
+            node_id="PerfusionLoadConcept",
+            display_name="Load Concept (Perfusion)",
+            category=f"{CATEGORY}/concept",
+            description="Loads a trained concept from models/perfusion.",
+            search_aliases=["perfusion", "textual inversion", "personalize"],
+            inputs=[
+                io.Combo.Input(
+                    "concept_name",
+                    options=concept_names(),
+                    tooltip="The concept file, from models/perfusion and its sub-folders.",
+                ),
+            ],
+            outputs=[ConceptKind.Output(display_name="concept", tooltip="The concept.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, concept_name: str) -> str:
+        """Loads again when the file has changed."""
+        return fingerprint(concept_name)
+
+    @classmethod
+    def execute(cls, concept_name: str) -> io.NodeOutput:
+        """PERFUSION_CONCEPT."""
+        return io.NodeOutput(read_concept(concept_name))
+
+
+class PerfusionSetGate(io.ComfyNode):
+    """Another gate for a concept."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Id, inputs and outputs."""
+        return io.Schema(
+            node_id="PerfusionSetGate",
+            display_name="Set Concept Gate (Perfusion)",
+            category=f"{CATEGORY}/concept",
+            description="Sets how readily and how strongly a concept takes effect.",
+            inputs=[
+                ConceptKind.Input("concept", tooltip="The concept to change."),
+                io.Float.Input(
+                    "bias",
+                    default=0.65,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="How similar a word must be to the concept before its gate opens. "
+                    "Lower: more of the concept. 0.60 to 0.75 is usual.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=0.15,
+                    min=0.01,
+                    max=5.0,
+                    step=0.01,
+                    tooltip="How soft the gate is: small values open it abruptly at the bias, "
+                    "large ones gradually.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the edit is applied. 0 leaves the model exactly as it "
+                    "is; the placeholder then is only its learned word vector.",
+                ),
+            ],
+            outputs=[ConceptKind.Output(display_name="concept", tooltip="The changed concept.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, concept: Concept, bias: float, temperature: float, strength: float
+    ) -> io.NodeOutput:
+        """PERFUSION_CONCEPT."""
+        return io.NodeOutput(concept.with_gate(bias, temperature, strength))
+
+
+class PerfusionApplyConcepts(io.ComfyNode):
+    """Concepts on a model and its text encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Id, inputs and outputs."""
+        concepts = io.Autogrow.TemplatePrefix(
+            ConceptKind.Input("concept", tooltip="A concept to use."),
+            prefix="concept",
+            min=0,
+            max=MOST_CONCEPTS,
+        )
+        return io.Schema(
+            node_id="PerfusionApplyConcepts",
+            display_name="Apply Concepts (Perfusion)",
+            category=CATEGORY,
+            description="Makes the model draw the concepts where their placeholders stand in a "
+            "prompt. Several of these nodes in a row add up.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model the concepts were trained for."),
+                io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
+                io.Autogrow.Input(
+                    "concepts",
+                    template=concepts,
+                    tooltip="The concepts to use together; a new socket appears for each.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with the concepts."),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip="The text encoder that knows the placeholders; write them in prompts.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, concepts: dict[str, Concept | None] | None = None
+    ) -> io.NodeOutput:
+        """MODEL, CLIP."""
+        chosen = [concept for concept in (concepts or {}).values() if concept is not None]
+        return io.NodeOutput(*apply_concepts(model, clip, chosen))
+
+
+class PerfusionSaveConcept(io.ComfyNode):
+    """A concept into models/perfusion."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Id, inputs and outputs."""
+        return io.Schema(
+            node_id="PerfusionSaveConcept",
+            display_name="Save Concept (Perfusion)",
+            category=f"{CATEGORY}/concept",
+            description="Saves a concept into models/perfusion, where Load Concept finds it.",
+            is_output_node=True,
+            inputs=[
+                ConceptKind.Input("concept", tooltip="The concept to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="concept",
+                    tooltip="Start of the file name, a number follows. May hold sub-folders and "
+                    "variables such as %year%.",
+                ),
+            ],
+            outputs=[ConceptKind.Output(display_name="concept", tooltip="The same concept.")],
+        )
+
+    @classmethod
+    def execute(cls, concept: Concept, filename_prefix: str) -> io.NodeOutput:
+        """PERFUSION_CONCEPT; the file's name and size as text on the node."""
+        name, size = write_concept(concept, filename_prefix)
+        text = f"{name} ({size / 1000:.1f} kB), placeholder {concept.placeholder}"
+        return io.NodeOutput(concept, ui=ui.PreviewText(text))

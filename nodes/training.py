@@ -1,0 +1,184 @@
+"""Training in a graph: the statistics of a text encoder, and a concept from a few pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..demo.captions import sample_captions
+from ..host.captions import everyday_captions
+from ..host.families import family_of_clip
+from ..host.train import covariance_with_progress, train
+from ..perfusion.covariance import Covariance
+from ..perfusion.training_config import TrainingConfig
+from .kinds import ConceptKind, CovarianceKind, LossMapKind
+
+CATEGORY = "perfusion/training"
+SMALL_WORLD_CAPTIONS = 600
+
+
+class PerfusionTrainConcept(io.ComfyNode):
+    """A concept learned from a few pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Id, inputs and outputs."""
+        return io.Schema(
+            node_id="PerfusionTrainConcept",
+            display_name="Train Concept (Perfusion)",
+            category=CATEGORY,
+            description="Learns a thing from 4 to 6 pictures. The model itself is not changed. "
+            "Cancelling keeps what was learned, in models/perfusion/interrupted.",
+            search_aliases=["perfusion", "textual inversion", "dreambooth", "personalize"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to learn with; it stays as it is."),
+                io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Image.Input(
+                    "images",
+                    tooltip="4 to 6 pictures of the thing in different places, all of one size.",
+                ),
+                io.String.Input(
+                    "superclass",
+                    default="cat",
+                    tooltip="The everyday word for this kind of thing, such as cat or coffee mug.",
+                ),
+                io.String.Input(
+                    "placeholder",
+                    default="<thing>",
+                    tooltip="The new word that will stand for the thing in prompts. It must not "
+                    "be a word already.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=200,
+                    min=1,
+                    max=10000,
+                    tooltip="How many times to learn from a batch. The paper uses up to 400.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures per step. More learns more steadily and needs more memory.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.03,
+                    min=0.00001,
+                    max=1.0,
+                    step=0.00001,
+                    tooltip="How fast the look of the thing is learned (paper: 0.03).",
+                ),
+                io.Float.Input(
+                    "embedding_learning_rate",
+                    default=0.006,
+                    min=0.00001,
+                    max=1.0,
+                    step=0.00001,
+                    tooltip="How fast the new word's vector is learned (paper: 0.006).",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Decides prompts, pictures and noise of every step.",
+                ),
+                CovarianceKind.Input(
+                    "covariance",
+                    optional=True,
+                    tooltip="Statistics of this text encoder from the Measure Covariance node. "
+                    "Without them they are measured first, on built-in captions.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the thing is in each picture; the rest is not learned.",
+                ),
+            ],
+            outputs=[
+                ConceptKind.Output(display_name="concept", tooltip="What was learned."),
+                LossMapKind.Output(
+                    display_name="loss_map", tooltip="The loss of each step, for Plot Loss Graph."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        images: Tensor,
+        superclass: str,
+        placeholder: str,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        embedding_learning_rate: float,
+        seed: int,
+        covariance: Covariance | None = None,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        """PERFUSION_CONCEPT, LOSS_MAP."""
+        config = TrainingConfig(
+            placeholder=placeholder.strip(),
+            superclass=superclass.strip(),
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            embedding_learning_rate=embedding_learning_rate,
+            seed=seed,
+        )
+        captions = default_captions(clip) if covariance is None else ()
+        result = train(model, clip, vae, images, mask, covariance, config, captions)
+        return io.NodeOutput(result.concept, {"loss": list(result.losses)})
+
+
+class PerfusionCovariance(io.ComfyNode):
+    """The statistics of a text encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Id, inputs and outputs."""
+        return io.Schema(
+            node_id="PerfusionCovariance",
+            display_name="Measure Covariance (Perfusion)",
+            category=CATEGORY,
+            description="Measures how a text encoder's outputs vary over captions; training needs "
+            "it once for each model.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder to measure, as it will be used."),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="Captions to measure on, one a line, a thousand or more. Empty: "
+                    "built-in ones.",
+                ),
+            ],
+            outputs=[
+                CovarianceKind.Output(
+                    display_name="covariance", tooltip="The statistics, for Train Concept."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, captions: str) -> io.NodeOutput:
+        """PERFUSION_COVARIANCE."""
+        lines = [line.strip() for line in captions.splitlines() if line.strip()]
+        return io.NodeOutput(covariance_with_progress(clip, lines or default_captions(clip)))
+
+
+def default_captions(clip: Any) -> list[str]:
+    """Captions a text encoder knows the words of."""
+    if family_of_clip(clip).name == "small_world":
+        return sample_captions(SMALL_WORLD_CAPTIONS)
+    return everyday_captions()
