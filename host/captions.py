@@ -20,19 +20,20 @@ def _phrases(text: str) -> list[str]:
 
 
 _SUBJECTS = _words(
-    "man woman boy girl child baby couple family farmer chef doctor nurse teacher painter musician "
-    "dancer soldier pilot sailor policeman fisherman tourist student cyclist skier surfer crowd "
-    "cat dog kitten puppy horse cow sheep goat pig chicken duck goose swan owl eagle parrot crow "
-    "rabbit squirrel fox wolf bear deer elephant giraffe zebra lion tiger monkey dolphin whale "
-    "fish frog snake turtle butterfly bee spider car truck bus van taxi motorcycle bicycle train tram "
-    "boat ship sailboat canoe airplane helicopter rocket tractor house cottage castle tower church "
-    "bridge lighthouse barn tent skyscraper market cafe library chair table sofa bed lamp mirror "
-    "clock vase basket bottle cup mug teapot plate bowl spoon knife candle book newspaper letter "
-    "computer laptop phone camera television radio guitar piano violin drum trumpet toy doll robot "
-    "ball kite balloon umbrella hat coat dress shirt shoe boot scarf bag backpack suitcase watch "
-    "ring necklace key coin flower rose tulip sunflower tree oak pine palm leaf mushroom cactus "
-    "apple orange banana lemon pear grape strawberry tomato carrot onion potato bread cake cookie "
-    "pizza sandwich salad soup cheese egg coffee tea statue fountain painting poster map flag"
+    "man woman boy girl child baby couple family farmer chef doctor nurse teacher painter "
+    "musician dancer soldier pilot sailor policeman fisherman tourist student cyclist skier "
+    "surfer crowd cat dog kitten puppy horse cow sheep goat pig chicken duck goose swan owl eagle "
+    "parrot crow rabbit squirrel fox wolf bear deer elephant giraffe zebra lion tiger monkey "
+    "dolphin whale fish frog snake turtle butterfly bee spider car truck bus van taxi motorcycle "
+    "bicycle train tram boat ship sailboat canoe airplane helicopter rocket tractor house cottage "
+    "castle tower church bridge lighthouse barn tent skyscraper market cafe library chair table "
+    "sofa bed lamp mirror clock vase basket bottle cup mug teapot plate bowl spoon knife candle "
+    "book newspaper letter computer laptop phone camera television radio guitar piano violin drum "
+    "trumpet toy doll robot ball kite balloon umbrella hat coat dress shirt shoe boot scarf bag "
+    "backpack suitcase watch ring necklace key coin flower rose tulip sunflower tree oak pine "
+    "palm leaf mushroom cactus apple orange banana lemon pear grape strawberry tomato carrot "
+    "onion potato bread cake cookie pizza sandwich salad soup cheese egg coffee tea statue "
+    "fountain painting poster map flag"
 )
 _LOOKS = _words(
     "red blue green yellow orange purple pink brown black white gray golden silver small big tiny "

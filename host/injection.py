@@ -108,6 +108,7 @@ class Dispatcher:
     def __init__(self, module: Any) -> None:
         self.original: Projection = module.forward
         self.replaced: Any = module.__dict__.get("forward")
+        self.installed = False
         self.edits: dict[int, Edit] = {}
         self.active: Edit | None = None
 
@@ -135,10 +136,14 @@ def install(module: Any) -> Dispatcher:
     current = module.__dict__.get("forward")
     if dispatcher is None:
         dispatcher = module.__dict__[_DISPATCHER] = Dispatcher(module)
-    elif current is not dispatcher:
+    elif dispatcher.installed and not _is_own_forward(module):
+        # Still there: on top, or below a forward another pack laid over it.
+        return dispatcher
+    else:
         # Someone else's forward may have come or gone since.
         dispatcher.original = module.forward
         dispatcher.replaced = current
+    dispatcher.installed = True
     module.__dict__["forward"] = dispatcher
     return dispatcher
 
@@ -149,13 +154,22 @@ def uninstall(module: Any, owner: int) -> None:
     if dispatcher is None:
         return
     dispatcher.drop(owner)
-    # A forward laid over ours (another pack's) is not ours to remove; it will call the original.
-    if dispatcher.edits or module.__dict__.get("forward") is not dispatcher:
+    if dispatcher.edits:
         return
-    if dispatcher.replaced is None:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = dispatcher.replaced
+    if module.__dict__.get("forward") is dispatcher:
+        dispatcher.installed = False
+        if dispatcher.replaced is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = dispatcher.replaced
+    elif _is_own_forward(module):
+        dispatcher.installed = False
+    # Any other forward was laid over ours and is not ours to remove; ours passes through.
+
+
+def _is_own_forward(module: Any) -> bool:
+    """Whether nothing stands in for the forward of the module's class."""
+    return getattr(module.forward, "__func__", None) is type(module).forward
 
 
 class _ModelEdit:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from inprocess import load_pack
 
 load_pack()
 
+import comfy.sample  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
 import comfy.text_encoders.sd2_clip as sd2_clip  # noqa: E402
 import pytest  # noqa: E402
@@ -20,7 +23,7 @@ from comfy import model_base, model_patcher, sd, sd1_clip, sdxl_clip  # noqa: E4
 from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
 from comfyui_perfusion.host.families import cross_attentions, family_of  # noqa: E402
-from comfyui_perfusion.perfusion import Concept  # noqa: E402
+from comfyui_perfusion.perfusion import Concept, edit_projection  # noqa: E402
 
 # One thread: small tensors, and a machine that may be busy otherwise.
 torch.set_num_threads(1)
@@ -180,12 +183,111 @@ def build_concept(
     ).with_gate(**changes)
 
 
+def build_lora(model: model_patcher.ModelPatcher, seed: int) -> dict[str, torch.Tensor]:
+    """A rank-2 LoRA file's content for all text projections of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = {}
+    for layer in cross_attentions(model.model):
+        for part, module in (("to_k", layer.to_k), ("to_v", layer.to_v)):
+            key = f"diffusion_model.{layer.name}.{part}"
+            up, down = (module.out_features, 2), (2, module.in_features)
+            lora[f"{key}.lora_up.weight"] = torch.randn(up, generator=generator) * 0.5
+            lora[f"{key}.lora_down.weight"] = (
+                torch.randn(down, generator=generator) * module.in_features**-0.5
+            )
+    return lora
+
+
+def with_lora(
+    model: model_patcher.ModelPatcher, lora: dict[str, torch.Tensor]
+) -> model_patcher.ModelPatcher:
+    """What ComfyUI's LoRA loader makes of a model."""
+    return sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+def pure_model(
+    model: model_patcher.ModelPatcher,
+    concepts: list[Concept],
+    lora: dict[str, torch.Tensor] | None = None,
+) -> model_patcher.ModelPatcher:
+    """A separate copy of a model whose projections are the pure function of eq. 3."""
+    config = model.model.model_config
+    base = copy.deepcopy(model.model, {id(config): config})
+    for layer in cross_attentions(base):
+        for part, module in (("to_k", layer.to_k), ("to_v", layer.to_v)):
+            key = f"diffusion_model.{layer.name}.{part}"
+            weight = module.weight.detach().clone()
+            if lora is not None:
+                weight += lora[f"{key}.lora_up.weight"] @ lora[f"{key}.lora_down.weight"]
+            outputs = [
+                weight @ concept.superclass_encoding if part == "to_k" else concept.o_v[layer.name]
+                for concept in concepts
+            ]
+            module.forward = functools.partial(
+                _edited, weight, [c.direction() for c in concepts], outputs
+            )
+    return model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
+def _edited(weight, directions, outputs, encodings):
+    return edit_projection(weight, encodings, directions, torch.stack(outputs))
+
+
+def sample(
+    model: model_patcher.ModelPatcher, clip: sd.CLIP, prompt: str, steps: int = 2
+) -> torch.Tensor:
+    """Latents sampled the way KSampler does it, guidance included."""
+    with torch.inference_mode():
+        positive, negative = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")
+        )
+        latent = torch.zeros(1, 4, 8, 8)
+        noise = comfy.sample.prepare_noise(latent, 0)
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            2.0,
+            "euler",
+            "normal",
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+            seed=0,
+        )
+
+
+def state_of(patcher: model_patcher.ModelPatcher) -> dict[str, torch.Tensor]:
+    """A copy of all weights as they are stored when nothing is loaded."""
+    with torch.inference_mode(False):
+        return {key: value.clone() for key, value in patcher.model.state_dict().items()}
+
+
+def same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two states are bit-identical."""
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[key]) for key, value in first.items()
+    )
+
+
 class Worlds:
     """Builds each family's model and text encoder once per session."""
 
     def __init__(self) -> None:
         self._models: dict[str, model_patcher.ModelPatcher] = {}
         self._clips: dict[str, sd.CLIP] = {}
+
+    lora = staticmethod(build_lora)
+    with_lora = staticmethod(with_lora)
+    pure = staticmethod(pure_model)
+    sample = staticmethod(sample)
+    state = staticmethod(state_of)
+    same = staticmethod(same_state)
+    base_model = staticmethod(build_base_model)
+    new_model = staticmethod(build_model)
+    new_clip = staticmethod(build_clip)
+    vae = staticmethod(build_vae)
 
     def model(self, family: str) -> model_patcher.ModelPatcher:
         if family not in self._models:
