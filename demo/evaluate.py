@@ -9,7 +9,7 @@ from .captions import captions
 from .fidelity import to_judge
 from .generate import generate
 from .judge import Judge
-from .specs import STYLES, UNNAMED_COLOR, COLOR_NAMES, sample_specs
+from .specs import COLOR_NAMES, STYLES, UNNAMED_COLOR, sample_specs
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ def to_judge(pictures: Tensor) -> Tensor:
 
 
 def half(pictures: Tensor, left: bool) -> Tensor:
-    """The left or right half of pictures, widened to a square by repeating its inner edge column."""
+    """The left or right half of pictures, made square by repeating its inner edge column."""
     side = pictures.shape[-1]
     keep, fill = side * 9 // 16, side - side * 9 // 16
     part = pictures[..., :keep] if left else pictures[..., -keep:]
@@ -33,7 +33,7 @@ def _embed(judge: Judge, pictures: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scale:
-    """Similarity to the thing's own mean embedding, scaled: 0 other things of its kind, 1 itself."""
+    """Similarity to the thing's mean embedding, scaled: 0 other things of its kind, 1 itself."""
 
     center: Tensor
     floor: float
@@ -41,7 +41,7 @@ class Scale:
 
     @classmethod
     def between(cls, judge: Judge, own: Tensor, other: Tensor) -> "Scale":
-        """From pictures of the thing (the first half gives the centre) and of others of its kind."""
+        """From pictures of the thing (half of them give the centre) and of others of its kind."""
         own_vectors, other_vectors = _embed(judge, own), _embed(judge, other)
         cut = len(own_vectors) // 2
         center = torch.nn.functional.normalize(own_vectors[:cut].mean(0), dim=0)

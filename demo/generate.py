@@ -22,7 +22,7 @@ def encode(clip: Any, prompts: list[str]) -> list:
 def generate(
     model: Any, clip: Any, vae: Any, prompts: list[str], seed: int, batch: int = 16
 ) -> Tensor:
-    """Pictures uint8 (n, 3, 48, 48), one a prompt; picture k starts from noise number k of ``seed``.
+    """Pictures uint8 (n, 3, 48, 48), one a prompt; picture k starts from noise k of ``seed``.
 
     The same seed gives the same noise whatever the model and the words, so that two lists of
     prompts can be compared picture by picture.

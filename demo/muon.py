@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearest half-orthogonal matrices of (n, rows, columns), rows <= columns, by five Newton steps.
+    """Nearest half-orthogonal matrices of (n, rows, columns), rows <= columns, in five steps.
 
     Singular values come out between about 0.7 and 1.2, which is all the optimiser needs.
     """

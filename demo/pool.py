@@ -1,4 +1,4 @@
-"""Pictures rendered ahead of training, in numbered chunks on disk, so that a stopped run resumes."""
+"""Pictures rendered ahead of training, in chunks on disk, so that a stopped run resumes."""
 
 from pathlib import Path
 

@@ -185,8 +185,8 @@ def paint_scenes(
 ) -> Tensor:
     """Backgrounds (n, 3, H, W) in [0, 1].
 
-    ``scene`` (n,) indexes ``SCENES``, ``parameters`` is (n, 10) in [0, 1), ``horizon`` (n,) the height
-    of the horizon; x and y (1, H, W) run over [-1, 1], y downwards.
+    ``scene`` (n,) indexes ``SCENES``, ``parameters`` is (n, 10) in [0, 1), ``horizon`` (n,) where
+    the sky ends; x and y (1, H, W) run over [-1, 1], y downwards.
     """
     out = torch.empty(len(scene), 3, *x.shape[-2:])
     for index, name in enumerate(SCENES):

@@ -1,7 +1,7 @@
 """Signed distance functions, batched over pictures.
 
-Coordinates ``u`` (right) and ``v`` (up) are tensors (n, H, W); a shape is negative inside. Sizes are
-in the units of the coordinates, and may be numbers or tensors that broadcast against (n, H, W).
+Coordinates ``u`` (right) and ``v`` (up) are tensors (n, H, W); a shape is negative inside. Sizes
+are in the units of the coordinates, and may be numbers or tensors that broadcast against (n, H, W).
 """
 
 import math
@@ -41,7 +41,7 @@ def circle(u: Tensor, v: Tensor, x: Number, y: Number, radius: Number) -> Tensor
 
 
 def ellipse(u: Tensor, v: Tensor, x: Number, y: Number, a: Number, b: Number) -> Tensor:
-    """Ellipse with half axes a (across) and b (up); the distance is approximate away from the edge."""
+    """Ellipse with half axes a (across) and b (up); exact only near the edge."""
     scaled = torch.sqrt(((u - x) / a) ** 2 + ((v - y) / b) ** 2 + 1e-9) - 1
     return scaled * torch.minimum(
         torch.as_tensor(a, dtype=u.dtype), torch.as_tensor(b, dtype=u.dtype)

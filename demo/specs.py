@@ -1,7 +1,7 @@
 """What is in a picture: every attribute of the small world, drawn at random or fixed.
 
-A ``Specs`` holds tensors whose first axis is the picture; attributes of things have a second axis of
-two places (a picture shows one or two things; the second place is ignored where ``two`` is false).
+A ``Specs`` holds tensors whose first axis is the picture; attributes of things have a second axis
+of two places. A picture shows one or two things; the second is ignored where ``two`` is false.
 """
 
 from dataclasses import dataclass, fields
@@ -39,7 +39,7 @@ _USUAL = torch.tensor([COLOR_NAMES.index(KINDS[name].usual_color) for name in CL
 
 @dataclass
 class Specs:
-    """Attributes of n pictures. Colours are RGB in [0, 1], places and sizes in picture half-sides."""
+    """Attributes of n pictures: colours as RGB in [0, 1], places and sizes in half-sides."""
 
     scene: Tensor  # n
     scene_parameters: Tensor  # n 10, in [0, 1)

@@ -1,8 +1,8 @@
 """Make the small world's weights: ``python -m demo.train`` from the repository's root.
 
 Renders pictures, trains an autoencoder, the text-to-image model and the judge one after the other,
-and writes ``demo/weights``. A stopped run goes on where it was (state in ``demo/cache``). Not part of
-the published pack.
+and writes ``demo/weights``. A stopped run goes on where it was (state in ``demo/cache``). Not part
+of the published pack.
 """
 
 import argparse
@@ -19,18 +19,22 @@ from inprocess import load_pack
 load_pack()
 
 from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder  # noqa: E402
-from comfyui_perfusion.host.small_model import TOKENS  # noqa: E402
+from comfyui_perfusion.host.small_model import TOKENS, load_small_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from .evaluate import caption_accuracy  # noqa: E402
 from .pool import load_chunk  # noqa: E402
+from .sheet import sheet  # noqa: E402
 from .train_autoencoder import psnr, train_autoencoder  # noqa: E402
 from .train_base import BaseConfig, train_base  # noqa: E402
-from .world import WEIGHTS  # noqa: E402
+from .train_judge import train_judge  # noqa: E402
+from .world import WEIGHTS, world_weights  # noqa: E402
 
 log = logging.getLogger("demo.train")
 CACHE = Path(__file__).parent / "cache"
 AUTOENCODER = {"steps": 2200, "batch": 24, "chunks": 3, "seed": 0}
-BASE = BaseConfig(steps=3600, batch=96, chunks=9, seed=0)
+JUDGE = {"steps": 400, "batch": 48, "chunks": 4, "seed": 0}
+BASE = BaseConfig(steps=2100, batch=96, chunks=9, seed=0)
 
 
 def export(
@@ -66,6 +70,14 @@ def main() -> None:
     autoencoder = train_autoencoder(CACHE, **AUTOENCODER).eval().requires_grad_(False)
     networks, words, history = train_base(CACHE, autoencoder, config)
     export(networks, words.ids, autoencoder, WEIGHTS / "small_world.safetensors")
+    judge, judge_report = train_judge(CACHE, autoencoder, **JUDGE)
+    half = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
+    save_file(half, WEIGHTS / "judge.safetensors")
+    figures, pictures = caption_accuracy(
+        *load_small_model(world_weights()), judge, count=512, seed=9_000_000
+    )
+    log.info("captions: %s", figures)
+    sheet(pictures[:96], 16, scale=2).save(CACHE / "captions.png")
     record = {
         "command": f"python -m demo.train --steps {config.steps}",
         "autoencoder": {
@@ -73,6 +85,8 @@ def main() -> None:
             "held_out_psnr_db": round(psnr(autoencoder, load_chunk(CACHE, -1)[0][:512]), 2),
         },
         "base": {**config.__dict__, "history": history},
+        "judge": {**JUDGE, **judge_report},
+        "captions": figures,
         "seconds_of_this_run": round(time.time() - started),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -258,7 +258,8 @@ def train_base(
             and step > min(config.decay_start, saved["config"].decay_start)
         ):
             raise SystemExit(
-                f"{state_path} was made with {saved['config']}, not {config}; delete it to start anew"
+                f"{state_path} was made with {saved['config']}, not {config}; "
+                "delete it to start anew"
             )
         networks.load_state_dict(saved["networks"])
         average.load_state_dict(saved["average"])

@@ -1,6 +1,6 @@
 """Training of the judge, on renderings and on renderings that went through the autoencoder.
 
-Never on generated pictures. Half of the pictures pass the autoencoder, so that its slight blur is
+Never on generated pictures. A third of the pictures pass the autoencoder, so that its slight blur is
 not mistaken for a property of the thing.
 """
 
@@ -85,7 +85,7 @@ def _attribute_loss(logits: dict[str, Tensor], wanted: dict[str, Tensor], specs:
 
 @torch.no_grad()
 def accuracies(judge: Judge, pictures: Tensor, specs: Specs) -> dict[str, float]:
-    """Share of right readings on pictures in [-1, 1]; attributes on single things in photographs."""
+    """Share of right readings, pictures in [-1, 1]; attributes on single things in photographs."""
     logits = judge.read(torch.cat([judge.features(x) for x in pictures.split(256)]))
     wanted = targets(specs)
     single = ~specs.two
@@ -105,7 +105,7 @@ def accuracies(judge: Judge, pictures: Tensor, specs: Specs) -> dict[str, float]
 def train_judge(
     cache: Path, autoencoder: SmallAutoencoder, steps: int, batch: int, chunks: int, seed: int
 ) -> tuple[Judge, dict[str, dict[str, float]]]:
-    """The trained judge and its accuracy on held-out renderings, plain and through the autoencoder."""
+    """The judge and its accuracy on held-out renderings, plain and through the autoencoder."""
     torch.manual_seed(seed)
     judge = Judge()
     scale = torch.nn.Parameter(torch.tensor(2.3))
@@ -134,7 +134,7 @@ def train_judge(
         )
         x = pictures_to_float(torch.cat([pictures[rows], first[pairs], second[pairs]]))
         with torch.no_grad():
-            through = torch.rand(len(x), generator=g) < 0.5
+            through = torch.rand(len(x), generator=g) < 0.33
             x[through] = autoencoder.decode(autoencoder.encode(x[through])).clamp(-1, 1)
             x = (
                 x

@@ -12,7 +12,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def personal_pictures(subject: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Photographs of a personal thing: images (count, 48, 48, 3) and masks (count, 48, 48), in [0, 1].
+    """Photographs of a personal thing: images (count, 48, 48, 3), masks (count, 48, 48), 0 to 1.
 
     Raises ValueError for a subject that is not one of ``SUBJECTS`` and for a count below 1.
     """
