@@ -1,7 +1,7 @@
 """Training of the judge, on renderings and on renderings that went through the autoencoder.
 
-Never on generated pictures. A third of the pictures pass the autoencoder, so that its slight blur is
-not mistaken for a property of the thing.
+Never on generated pictures. A third of the pictures pass the autoencoder, so that its slight blur
+is not mistaken for a property of the thing.
 """
 
 import logging

@@ -8,7 +8,7 @@ DOWNSCALE = 6
 
 
 class _Residual(nn.Module):
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -26,19 +26,31 @@ class SmallAutoencoder(nn.Module):
     that a diffusion model sees channels of mean 0 and variance 1.
     """
 
-    def __init__(self, fine: int = 64, coarse: int = 128):
+    def __init__(self, fine: int = 64, coarse: int = 128) -> None:
         super().__init__()
         z = LATENT_CHANNELS
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(3), nn.Conv2d(27, fine, 3, padding=1), _Residual(fine),
-            nn.Conv2d(fine, coarse, 3, stride=2, padding=1), _Residual(coarse), _Residual(coarse),
+            nn.PixelUnshuffle(3),
+            nn.Conv2d(27, fine, 3, padding=1),
+            _Residual(fine),
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1),
+            _Residual(coarse),
+            _Residual(coarse),
             nn.Conv2d(coarse, z, 3, padding=1),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(z, coarse, 3, padding=1), _Residual(coarse), _Residual(coarse),
-            nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(coarse, fine, 3, padding=1),
-            _Residual(fine), _Residual(fine), _Residual(fine), nn.GroupNorm(8, fine), nn.SiLU(),
-            nn.Conv2d(fine, 27, 3, padding=1), nn.PixelShuffle(3),
+            nn.Conv2d(z, coarse, 3, padding=1),
+            _Residual(coarse),
+            _Residual(coarse),
+            nn.Upsample(scale_factor=2, mode="nearest"),
+            nn.Conv2d(coarse, fine, 3, padding=1),
+            _Residual(fine),
+            _Residual(fine),
+            _Residual(fine),
+            nn.GroupNorm(8, fine),
+            nn.SiLU(),
+            nn.Conv2d(fine, 27, 3, padding=1),
+            nn.PixelShuffle(3),
         )
         self.register_buffer("latent_mean", torch.zeros(1, z, 1, 1))
         self.register_buffer("latent_std", torch.ones(1, z, 1, 1))

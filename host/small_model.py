@@ -1,7 +1,7 @@
 """The small world's text-to-image model, built of ComfyUI's own classes from one weight file."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -32,8 +32,8 @@ UNET_CONFIG = {
     "model_channels": 96,
     "num_res_blocks": [2, 1],
     "channel_mult": [1, 1],
-    "transformer_depth": [1, 1, 1],
-    "transformer_depth_output": [1, 1, 1, 1, 1],
+    "transformer_depth": [0, 1, 1],
+    "transformer_depth_output": [0, 1, 0, 1, 0],
     "transformer_depth_middle": 1,
     "context_dim": TEXT_CONFIG["hidden_size"],
     "use_linear_in_transformer": True,
@@ -60,10 +60,10 @@ class SmallWorld(comfy.supported_models_base.BASE):
     because small pictures survive noise longer."""
 
     perfusion_family = "small_world"
-    unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
-    sampling_settings = {"linear_start": 0.00085, "linear_end": 0.03}
+    unet_extra_config: ClassVar = {"num_heads": -1, "num_head_channels": 32}
+    sampling_settings: ClassVar = {"linear_start": 0.00085, "linear_end": 0.03}
     latent_format = SmallLatents
-    supported_inference_dtypes = [torch.float32]
+    supported_inference_dtypes: ClassVar = [torch.float32]
     memory_usage_factor = 0.5
 
 
@@ -72,16 +72,21 @@ class SmallTextModel(comfy.sd1_clip.SD1ClipModel):
 
 
 def _cut(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k[len(prefix):]: v.float() for k, v in weights.items() if k.startswith(prefix)}
+    return {k[len(prefix) :]: v.float() for k, v in weights.items() if k.startswith(prefix)}
 
 
 def _load(module: torch.nn.Module, weights: Mapping[str, Tensor], part: str) -> None:
     missing, unexpected = module.load_state_dict(weights, strict=False)
-    missing = [k for k in missing if "logit_scale" not in k and "text_projection" not in k and "model_sampling" not in k]
+    missing = [
+        k
+        for k in missing
+        if "logit_scale" not in k and "text_projection" not in k and "model_sampling" not in k
+    ]
     if missing or unexpected:
         raise ValueError(
             f"the small world's {part} does not fit this version of the pack: "
-            f"missing {missing[:3]}, not expected {list(unexpected)[:3]}; get weights and code from the same release"
+            f"missing {missing[:3]}, not expected {list(unexpected)[:3]}; "
+            "get weights and code from the same release"
         )
 
 
@@ -92,10 +97,16 @@ def build_unet(dtype: torch.dtype = torch.float32) -> comfy.model_base.BaseModel
     return comfy.model_base.BaseModel(config, comfy.model_base.ModelType.V_PREDICTION, device="cpu")
 
 
-def _make_model(weights: Mapping[str, Tensor], disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def _make_model(
+    weights: Mapping[str, Tensor], disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     model = build_unet()
     _load(model.diffusion_model, _cut(weights, "unet."), "UNet")
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher_class = (
+        comfy.model_patcher.ModelPatcher
+        if disable_dynamic
+        else comfy.model_patcher.CoreModelPatcher
+    )
     patcher = patcher_class(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -108,7 +119,9 @@ def _make_model(weights: Mapping[str, Tensor], disable_dynamic: bool = False) ->
 
 def _make_clip(weights: Mapping[str, Tensor]) -> comfy.sd.CLIP:
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, SmallTextModel)
-    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, "clip_l_model_config": TEXT_CONFIG})
+    clip = comfy.sd.CLIP(
+        target, model_options={"dtype": torch.float32, "clip_l_model_config": TEXT_CONFIG}
+    )
     text = _cut(weights, "text.")
     rows = text.pop("rows")
     # Words the world never heard mean nothing: the mean of those it knows.
