@@ -16,11 +16,16 @@ logger = logging.getLogger("perfusion")
 FOLDER = "perfusion"
 EXTENSION = ".safetensors"
 INTERRUPTED = "interrupted"
+SHIPPED = Path(__file__).parent.parent / "demo" / "concepts"
 
 
 def register_folder() -> None:
-    """Make `models/perfusion` known to ComfyUI (extra_model_paths.yaml may add more)."""
+    """Make `models/perfusion` known to ComfyUI (extra_model_paths.yaml may add more).
+
+    The demo's ready-made concepts are listed besides; new ones go into the first folder.
+    """
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    folder_paths.add_model_folder_path(FOLDER, str(SHIPPED))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, EXTENSION})
 
