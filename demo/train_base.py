@@ -15,7 +15,7 @@ import comfy.sd1_clip
 import torch
 import torch.nn.functional as F
 from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder
-from comfyui_perfusion.host.small_model import TEXT_CONFIG, build_unet
+from comfyui_perfusion.host.small_model import TEXT_CONFIG, TIMESTEPS, build_unet
 from torch import Tensor, nn
 
 from .captions import captions, vocabulary
@@ -42,11 +42,14 @@ class BaseConfig:
     thing_weight: float = 2.0
     empty_share: float = 0.1
     short_share: float = 0.75
-    decay_share: float = 0.25
+    decay_share: float = 0.5
+    full_length_share: float = 0.15
+    wide_until: int = 1250
+    timesteps: int = TIMESTEPS
 
     @property
     def decay_start(self) -> int:
-        """From this step on the rate falls in a line to 2 % and all prompts have full length.
+        """From this step on the rate falls in a line to 2 %.
 
         Before it nothing depends on ``steps``: a run can be made longer or shorter while it runs.
         """
@@ -307,13 +310,13 @@ def train_base(
             rows = torch.where(
                 torch.rand(config.batch, 1, generator=g) < config.empty_share, empty, rows
             )
-            if step < config.decay_start and float(torch.rand(1, generator=g)) < config.short_share:
+            full_length = step >= config.steps * (1 - config.full_length_share)
+            if not full_length and float(torch.rand(1, generator=g)) < config.short_share:
                 rows = rows[:, :SHORT]
-            t = (
-                ((torch.arange(config.batch) + torch.rand(1, generator=g)) / config.batch * 1000)
-                .long()
-                .clamp(max=999)
-            )
+            # The first part sees all noise levels of the schedule, the rest only those in use.
+            levels = len(schedule) if step < config.wide_until else config.timesteps
+            strata = (torch.arange(config.batch) + torch.rand(1, generator=g)) / config.batch
+            t = (strata * levels).long().clamp(max=levels - 1)
             noisy, target = _noised(x, t, schedule, torch.randn(x.shape, generator=g))
             factor = config.rate(step)
             for group in adam.param_groups:

@@ -43,6 +43,8 @@ UNET_CONFIG = {
     "use_temporal_attention": False,
     "use_temporal_resblock": False,
 }
+TIMESTEPS = 720
+"""Noise levels in use, of the schedule's 1000: up to sigma 14.8, about where SD's schedule ends."""
 TOKENS = "text.tokens"
 """Key of the token ids whose embedding rows the weight file carries."""
 _TOKEN_ROWS = "transformer.text_model.embeddings.token_embedding.weight"
@@ -102,6 +104,8 @@ def _make_model(
 ) -> comfy.model_patcher.ModelPatcher:
     model = build_unet()
     _load(model.diffusion_model, _cut(weights, "unet."), "UNet")
+    # Beyond sigma 15 nothing of a picture is left, and samplers would waste half their steps there.
+    model.model_sampling.set_sigmas(model.model_sampling.sigmas[:TIMESTEPS])
     patcher_class = (
         comfy.model_patcher.ModelPatcher
         if disable_dynamic
