@@ -1,0 +1,76 @@
+"""The renderer and captions: the ground truth everything else is measured against."""
+
+import re
+
+import pytest
+import torch
+
+from inprocess import load_pack
+
+load_pack()
+
+from comfyui_perfusion.demo import captions, render, specs, things, world  # noqa: E402
+from comfyui_perfusion.demo.classes import CLASS_NAMES, KINDS  # noqa: E402
+
+
+def test_the_same_seed_draws_the_same_pictures() -> None:
+    first, first_masks = render.render(specs.sample_specs(6, seed=5))
+    second, second_masks = render.render(specs.sample_specs(6, seed=5))
+    other, _ = render.render(specs.sample_specs(6, seed=6))
+    assert torch.equal(first, second)
+    assert torch.equal(first_masks, second_masks)
+    assert not torch.equal(first, other)
+
+
+def test_the_mask_is_where_the_thing_is() -> None:
+    drawn = things.personal_specs("Bo the teddy", 4, seed=3)
+    drawn.scene[:] = specs.SCENES.index("space")  # no shadows
+    pictures, masks = render.render(drawn)
+    look = specs.Specs(**{**vars(drawn), "main": 1 - drawn.main, "second": 1 - drawn.second})
+    recolored, _ = render.render(look)
+    changed = (pictures.float() - recolored.float()).abs().amax(1) > 20
+    assert bool(changed.any())
+    assert float(masks[:, 0][changed].min()) > 0
+
+
+def test_a_personal_thing_looks_the_same_in_every_picture_and_unlike_others() -> None:
+    a = things.personal_specs("Pim the cat", 5, seed=0)
+    for name in ("kind", "main", "second", "third", "pattern", "face", "horn", "emblem"):
+        values = getattr(a, name)[:, 0]
+        assert torch.equal(values, values[:1].expand_as(values)), name
+    assert len({tuple(look.main) for look in things.THINGS.values()}) == len(things.SUBJECTS)
+
+
+@pytest.mark.parametrize("subject", things.SUBJECTS)
+def test_personal_pictures_come_as_images_and_masks(subject: str) -> None:
+    images, masks = world.personal_pictures(subject, 3, seed=1)
+    assert images.shape == (3, 48, 48, 3)
+    assert masks.shape == (3, 48, 48)
+    assert float(images.min()) >= 0
+    assert float(images.max()) <= 1
+    assert float(masks.max()) == 1
+    assert things.superclass_of(subject) in subject
+
+
+def test_unknown_subjects_and_counts_are_refused_with_the_choices_named() -> None:
+    with pytest.raises(ValueError, match="Pim the cat"):
+        world.personal_pictures("Nobody", 3, seed=1)
+    with pytest.raises(ValueError, match="at least 1"):
+        world.personal_pictures("Pim the cat", 0, seed=1)
+
+
+def test_captions_are_reproducible_and_use_only_the_vocabulary() -> None:
+    texts = captions.sample_captions(400, seed=2)
+    assert texts == captions.sample_captions(400, seed=2)
+    known = set(captions.vocabulary())
+    for text in texts:
+        assert set(re.sub(",", " , ", text).split()) <= known, text
+
+
+def test_captions_name_what_the_picture_shows() -> None:
+    shown = specs.sample_specs(300, seed=4)
+    for index, text in enumerate(captions.captions(shown, seed=4)):
+        words = KINDS[CLASS_NAMES[int(shown.kind[index, 0])]].words
+        assert any(word in re.findall(r"[a-z-]+", text) for word in words), text
+        sketch = "sketch" in text or "drawing" in text
+        assert sketch == (int(shown.style[index]) == specs.STYLES.index("sketch")), text
