@@ -51,6 +51,17 @@ DEEP = {
 }
 STRUCTURES = {
     "sd1": {**UNET, **DEEP, "context_dim": 768, "use_linear_in_transformer": False},
+    # SD1.x with one down-sampling, for what a compiler would take minutes over.
+    "small": {
+        **UNET,
+        "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2],
+        "transformer_depth": [1, 1],
+        "transformer_depth_output": [1, 1, 1, 1],
+        "transformer_depth_middle": 1,
+        "context_dim": 768,
+        "use_linear_in_transformer": False,
+    },
     "sd2": {**UNET, **DEEP, "context_dim": 1024, "use_linear_in_transformer": True},
     "sdxl": {
         **UNET,
@@ -78,12 +89,13 @@ STRUCTURES = {
 }
 CONFIGS = {
     "sd1": supported.SD15,
+    "small": supported.SD15,
     "sd2": supported.SD20,
     "sdxl": supported.SDXL,
     "sdxl_refiner": supported.SDXLRefiner,
 }
 # As published 320 (refiner 384); heads of 64 channels need at least 64 where there is attention.
-CHANNELS = {"sd1": 32, "sd2": 64, "sdxl": 32, "sdxl_refiner": 32}
+CHANNELS = {"sd1": 32, "small": 32, "sd2": 64, "sdxl": 32, "sdxl_refiner": 32}
 TEXT = {
     "sd1": (sd1_clip.SD1Tokenizer, sd1_clip.SD1ClipModel),
     "sd2": (sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel),
@@ -101,6 +113,10 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
         for name, parameter in module.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif "token_embedding" in name:
+                # 1009 different rows, over and over: the whole table would take seconds.
+                rows = torch.randn(1009, parameter.shape[1], generator=generator) * 0.5
+                parameter.copy_(rows[torch.arange(parameter.shape[0]) % len(rows)])
             else:
                 scale = 0.5 if "embedding" in name else parameter[0].numel() ** -0.5
                 parameter.normal_(0, scale, generator=generator)
@@ -288,6 +304,7 @@ class Worlds:
     new_model = staticmethod(build_model)
     new_clip = staticmethod(build_clip)
     vae = staticmethod(build_vae)
+    fitting_concept = staticmethod(build_concept)
 
     def model(self, family: str) -> model_patcher.ModelPatcher:
         if family not in self._models:
