@@ -32,7 +32,7 @@ def demo(layout: Layout, output: Path) -> int:
     (output / "run.json").write_text(
         json.dumps(summary(prompt, run, pictures), indent=2), encoding="utf-8"
     )
-    return measure(host, layout, output)
+    return measure(host, layout, output, saved_concept(prompt, run, server.base), steps_of(prompt))
 
 
 def run_workflow(client: Client, prompt: Prompt) -> Run:
@@ -92,10 +92,26 @@ def summary(prompt: Prompt, run: Run, pictures: list[Path]) -> dict[str, Any]:
     }
 
 
-def measure(host: Host, layout: Layout, output: Path) -> int:
+def saved_concept(prompt: Prompt, run: Run, base: Path) -> Path:
+    """The concept file that the run's save node reports ("name (size), placeholder ...")."""
+    for node, shown in run.outputs.items():
+        if node in prompt and prompt[node]["class_type"] == "PerfusionSaveConcept":
+            name = shown["text"][0].split(" (")[0]
+            return base / "models" / "perfusion" / name
+    raise Failure("The workflow succeeded but saved no concept.")
+
+
+def steps_of(prompt: Prompt) -> int:
+    """How many training steps the workflow takes."""
+    trainers = [v for v in prompt.values() if v["class_type"] == "PerfusionTrainConcept"]
+    return trainers[0]["inputs"]["steps"]
+
+
+def measure(host: Host, layout: Layout, output: Path, concept: Path, steps: int) -> int:
     """Let the small world's judge measure: prints its table and writes figures.json."""
-    say("Measuring")
+    say("Measuring (trains two more concepts for comparison)")
     command = [str(host.python), "-m", "demo.measure", "--output", str(output)]
+    command += ["--concept", str(concept), "--steps", str(steps)]
     environment = {**os.environ, "COMFYUI_PATH": str(host.comfyui)}
     status = subprocess.run(command, cwd=layout.root, env=environment).returncode
     if status != 0:

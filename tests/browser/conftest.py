@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Response
 
 from dev.chromium import find_chromium, launch, open_interface
-from dev.client import Client
+from dev.server import Server
 
 # What the stock interface logs as errors by itself on every start.
 STOCK_ERRORS = (
@@ -50,19 +50,28 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture
-def complaints() -> Complaints:
-    return Complaints()
-
-
-@pytest.fixture
-def page(browser: Browser, client: Client, complaints: Complaints) -> Iterator[Page]:
-    """The open web interface."""
+@pytest.fixture(scope="module")
+def opened(browser: Browser, comfy_server: Server) -> Iterator[tuple[Page, Complaints]]:
+    """The web interface, opened once: loading it is the slow part."""
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
     page = context.new_page()
+    complaints = Complaints()
     page.on("console", complaints.on_console)
     page.on("pageerror", complaints.on_error)
     page.on("response", complaints.on_response)
-    open_interface(page, client)
-    yield page
+    open_interface(page, comfy_server.client)
+    yield page, complaints
     context.close()
+
+
+@pytest.fixture
+def page(opened: tuple[Page, Complaints]) -> Page:
+    """The open web interface, as the test before left it."""
+    return opened[0]
+
+
+@pytest.fixture
+def complaints(opened: tuple[Page, Complaints]) -> Iterator[Complaints]:
+    """What the page complains about from its opening to the end of the test."""
+    yield opened[1]
+    opened[1].found.clear()

@@ -30,7 +30,7 @@ def test_an_interrupted_training_leaves_a_usable_concept(
                 client.fetch("/interrupt", {"prompt_id": data["prompt_id"]})
 
     run = client.run(prompt, interrupt)
-    assert run.status == "execution_interrupted"
+    assert run.status == "execution_interrupted", run.error
     assert seen[-1] < 400
     partial = set(folder.rglob("*.safetensors")) - before
     assert len(partial) == 1
