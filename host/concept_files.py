@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import folder_paths
+import torch
 
 from ..perfusion.concept import Concept, load_concept, save_concept
 
@@ -97,7 +98,8 @@ def write_interrupted(concept: Concept) -> str:
     while path.exists():
         number += 1
         path = folder / f"{stem}-{number}{EXTENSION}"
-    save_concept(concept, path)
+    # Full precision: it can hold whatever went wrong.
+    save_concept(concept, path, torch.float32)
     name = f"{INTERRUPTED}/{path.name}"
     logger.warning("training did not finish; what was learned so far is %s", path)
     return name

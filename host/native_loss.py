@@ -40,7 +40,7 @@ def loss_weight(sampling: Any, sigma: Tensor) -> Tensor:
     plain = sampling_types.EPS, sampling_types.CONST
     if isinstance(sampling, plain) and not isinstance(sampling, others):
         return 1 / squared
-    kinds = ", ".join(base.__name__ for base in type(sampling).__mro__[1:3])
+    kinds = ", ".join(base.__name__ for base in type(sampling).__bases__)
     raise UnsupportedModelError(
         f"a model that samples by {kinds} cannot be trained; expected noise, v or flow prediction"
     )

@@ -244,6 +244,7 @@ def check_training(model: Any, clip: Any, superclass: str, placeholder: str) -> 
         PlaceholderError: for a placeholder that is a word already or part of the superclass.
     """
     check_clip(clip, family_of(model.model))
+    loss_weight(model.get_model_object("model_sampling"), torch.ones(1))
     if is_existing_word(clip, placeholder):
         raise PlaceholderError(
             f"the placeholder {placeholder!r} is a word the model already knows, and prompts could "
