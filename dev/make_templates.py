@@ -42,8 +42,12 @@ ARRANGE = """async ({api, name, layout}) => {
         let y = top + 30;
         for (const node of nodes) {
             node.pos = [x, y];
-            const height = Math.max(node.size[1], (column.heights ?? {})[node.id] ?? 0);
+            const height = (column.heights ?? {})[node.id] ?? node.size[1];
             node.setSize([width, height]);
+            for (const widget of node.widgets ?? []) {
+                // A second run should find everything in the cache, not learn anew.
+                if (widget.name === "control_after_generate") widget.value = "fixed";
+            }
             y += height + gap;
         }
         group.pos = [x - margin, top - 50];
