@@ -39,7 +39,7 @@ class _Block(nn.Module):
 class Judge(nn.Module):
     """Attribute heads and an instance embedding over one convolutional trunk."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 24) -> None:
         super().__init__()
         w = width
         self.trunk = nn.Sequential(

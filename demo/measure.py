@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from .world import WEIGHTS, personal_pictures, world_weights  # noqa: E402
 SUBJECT, SECOND = "Pim the cat", "Olli the mug"
 PLACEHOLDER, SECOND_PLACEHOLDER = "<pim>", "<olli>"
 SEEDS = 4
+LEARNING_RATE = 0.1  # as in the templates: few steps on a small model want larger ones
 PROMPTS = (
     ("a photo of a {} on the beach", "beach", "photo"),
     ("a photo of a {} in the desert", "desert", "photo"),
@@ -153,11 +155,10 @@ def measure(output: Path, concept_path: Path | None, steps: int) -> dict[str, An
     """All figures; trains what ``concept_path`` does not already hold."""
     started = time.time()
     world = World()
-    config = TrainingConfig(PLACEHOLDER, superclass_of(SUBJECT), steps=steps, batch_size=4)
-    second = TrainingConfig(SECOND_PLACEHOLDER, superclass_of(SECOND), steps=steps, batch_size=4)
-    inversion = TrainingConfig(
-        PLACEHOLDER, superclass_of(SUBJECT), steps=steps, batch_size=4, mode="textual_inversion"
-    )
+    shared: dict[str, Any] = {"steps": steps, "batch_size": 4, "learning_rate": LEARNING_RATE}
+    config = TrainingConfig(PLACEHOLDER, superclass_of(SUBJECT), **shared)
+    second = TrainingConfig(SECOND_PLACEHOLDER, superclass_of(SECOND), **shared)
+    inversion = replace(config, mode="textual_inversion")
     figures: dict[str, Any] = {"steps": steps}
     trained = time.time()
     concept = load_concept(concept_path) if concept_path else world.train(SUBJECT, config)

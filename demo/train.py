@@ -33,7 +33,7 @@ from .world import WEIGHTS, world_weights  # noqa: E402
 log = logging.getLogger("demo.train")
 CACHE = Path(__file__).parent / "cache"
 AUTOENCODER = {"steps": 2200, "batch": 24, "chunks": 3, "seed": 0}
-JUDGE = {"steps": 400, "batch": 48, "chunks": 4, "seed": 0}
+JUDGE = {"steps": 1000, "batch": 64, "chunks": 9, "seed": 0}
 BASE = BaseConfig(steps=2100, batch=96, chunks=9, seed=0)
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     half = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
     save_file(half, WEIGHTS / "judge.safetensors")
     figures, pictures = caption_accuracy(
-        *load_small_model(world_weights()), judge, count=512, seed=9_000_000
+        *load_small_model(world_weights()), judge, count=256, seed=9_000_000
     )
     log.info("captions: %s", figures)
     sheet(pictures[:96], 16, scale=2).save(CACHE / "captions.png")

@@ -111,7 +111,7 @@ def train_judge(
     scale = torch.nn.Parameter(torch.tensor(2.3))
     matrices, rest = split_parameters(judge.named_parameters(), ("heads.",))
     optimisers = [
-        (Muon(matrices, lr=0.01), 0.01),
+        (Muon(matrices, lr=0.02), 0.02),
         (torch.optim.AdamW([*rest, scale], lr=2e-3, weight_decay=0.01), 2e-3),
     ]
     pool = [(load_chunk(cache, i)[0], chunk_specs(i)) for i in range(chunks)]
@@ -128,7 +128,7 @@ def train_judge(
         two_kinds = torch.randperm(len(by_kind), generator=g)[:2]
         pairs = torch.cat(
             [
-                by_kind[k][torch.randperm(len(by_kind[k]), generator=g)[: batch // 2]]
+                by_kind[k][torch.randperm(len(by_kind[k]), generator=g)[: batch // 4]]
                 for k in two_kinds
             ]
         )
