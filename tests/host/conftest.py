@@ -51,13 +51,13 @@ DEEP = {
 }
 STRUCTURES = {
     "sd1": {**UNET, **DEEP, "context_dim": 768, "use_linear_in_transformer": False},
-    # SD1.x with one down-sampling, for what a compiler would take minutes over.
+    # SD1.x without its coarser grids, for what a compiler would take minutes over.
     "small": {
         **UNET,
-        "num_res_blocks": [1, 1],
-        "channel_mult": [1, 2],
-        "transformer_depth": [1, 1],
-        "transformer_depth_output": [1, 1, 1, 1],
+        "num_res_blocks": [1],
+        "channel_mult": [1],
+        "transformer_depth": [1],
+        "transformer_depth_output": [1, 1],
         "transformer_depth_middle": 1,
         "context_dim": 768,
         "use_linear_in_transformer": False,

@@ -185,6 +185,10 @@ def test_models_loaded_inside_a_prompt_can_be_trained_on(worlds, world):
     assert float(vector.grad.norm()) > 0
 
 
+def loaded_models():
+    return {id(each.model.model) for each in comfy.model_management.current_loaded_models}
+
+
 class Stop(BaseException):
     """As ComfyUI's interrupt, no Exception."""
 
@@ -194,6 +198,7 @@ def test_everything_is_as_before_whatever_happens(worlds, world, failure):
     model, clip, vae, _ = world
     patchers = model, clip.patcher, vae.patcher
     before = [worlds.state(patcher) for patcher in patchers]
+    loaded_before = loaded_models()
 
     def use():
         with view_of(world) as view:
@@ -214,8 +219,7 @@ def test_everything_is_as_before_whatever_happens(worlds, world, failure):
     for layer in cross_attentions(model.model):
         assert "forward" not in vars(layer.to_k)
     own = {id(patcher.model) for patcher in patchers}
-    loaded = {id(each.model.model) for each in comfy.model_management.current_loaded_models}
-    assert loaded <= own
+    assert loaded_models() - loaded_before <= own
 
 
 def test_a_lora_on_the_model_counts(worlds, world):
