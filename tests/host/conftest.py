@@ -146,6 +146,11 @@ def build_model(
     """A MODEL with random weights, as a loader node would hand it out."""
     base = build_base_model(family, model_type=model_type)
     randomise(base.diffusion_model, seed)
+    return build_patcher(base)
+
+
+def build_patcher(base: model_base.BaseModel) -> model_patcher.ModelPatcher:
+    """A patcher around a model, on the CPU."""
     return model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
 
 
@@ -242,7 +247,7 @@ def pure_model(
             module.forward = functools.partial(
                 _edited, weight, [c.direction() for c in concepts], outputs
             )
-    return model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
+    return build_patcher(base)
 
 
 def _edited(weight, directions, outputs, encodings):
@@ -301,6 +306,8 @@ class Worlds:
     state = staticmethod(state_of)
     same = staticmethod(same_state)
     base_model = staticmethod(build_base_model)
+    randomise = staticmethod(randomise)
+    patcher = staticmethod(build_patcher)
     new_model = staticmethod(build_model)
     new_clip = staticmethod(build_clip)
     vae = staticmethod(build_vae)

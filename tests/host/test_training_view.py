@@ -308,3 +308,22 @@ def test_a_prompt_without_its_word_is_refused_by_name(world):
             view.encode(["a cat"], view.initial_embeddings())
         with pytest.raises(ValueError, match="'coffee mug' is missing from the prompt 'a mug'"):
             view.encode_superclass(["a mug"])
+
+
+def test_a_half_precision_model_is_trained_in_a_dtype_whose_gradients_do_not_underflow(
+    worlds, world
+):
+    base = worlds.base_model("small")
+    worlds.randomise(base.diffusion_model, 0)
+    base.diffusion_model.half().dtype = torch.float16
+    model = worlds.patcher(base)
+    before = worlds.state(model)
+    with view_of((model, *world[1:])) as view:
+        vector = view.initial_embeddings()["l"].requires_grad_(True)
+        encoded = view.encode(["a <thing>"], {"l": vector})
+        view.errors(batch_of(0), encoded, edit_for(view, encoded)).mean().backward()
+        assert encoded.encodings.dtype in (torch.bfloat16, torch.float32)
+    assert torch.isfinite(vector.grad).all()
+    assert float(vector.grad.norm()) > 0
+    assert model.model.get_dtype_inference() is torch.float16
+    assert worlds.same(worlds.state(model), before)
