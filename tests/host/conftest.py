@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
-from pathlib import Path
-
-# pytest's importlib mode does not put this folder on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from inprocess import load_pack
 
