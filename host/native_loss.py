@@ -32,15 +32,16 @@ def loss_weight(sampling: Any, sigma: Tensor) -> Tensor:
         UnsupportedModelError: for other prediction types, naming the class and the supported ones.
     """
     squared = sigma.float().square()[:, None, None, None]
+    kind = type(sampling)
     # V_PREDICTION derives from EPS, EDM from V_PREDICTION; the most special one comes first.
-    if isinstance(sampling, sampling_types.V_PREDICTION):
+    if issubclass(kind, sampling_types.V_PREDICTION):
         data = float(torch.as_tensor(sampling.sigma_data)) ** 2
         return (squared + data) / (squared * data)
     others = sampling_types.X0, sampling_types.IMG_TO_IMG_FLOW
     plain = sampling_types.EPS, sampling_types.CONST
-    if isinstance(sampling, plain) and not isinstance(sampling, others):
+    if issubclass(kind, plain) and not issubclass(kind, others):
         return 1 / squared
-    kinds = ", ".join(base.__name__ for base in type(sampling).__bases__)
+    kinds = ", ".join(base.__name__ for base in kind.__bases__)
     raise UnsupportedModelError(
         f"a model that samples by {kinds} cannot be trained; expected noise, v or flow prediction"
     )
