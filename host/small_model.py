@@ -121,11 +121,14 @@ def _make_model(
     return patcher
 
 
-def _make_clip(weights: Mapping[str, Tensor]) -> comfy.sd.CLIP:
+def _make_clip(weights: Mapping[str, Tensor], disable_dynamic: bool = False) -> comfy.sd.CLIP:
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, SmallTextModel)
     clip = comfy.sd.CLIP(
-        target, model_options={"dtype": torch.float32, "clip_l_model_config": TEXT_CONFIG}
+        target,
+        model_options={"dtype": torch.float32, "clip_l_model_config": TEXT_CONFIG},
+        disable_dynamic=disable_dynamic,
     )
+    clip.patcher.cached_patcher_init = (_make_clip_patcher, (weights,))
     text = _cut(weights, "text.")
     rows = text.pop("rows")
     # Words the world never heard mean nothing: the mean of those it knows.
@@ -135,6 +138,12 @@ def _make_clip(weights: Mapping[str, Tensor]) -> comfy.sd.CLIP:
     text[_TOKEN_ROWS] = table
     _load(clip.cond_stage_model.clip_l, text, "text encoder")
     return clip
+
+
+def _make_clip_patcher(
+    weights: Mapping[str, Tensor], disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    return _make_clip(weights, disable_dynamic).patcher
 
 
 def _make_vae(weights: Mapping[str, Tensor]) -> comfy.sd.VAE:

@@ -40,7 +40,7 @@ def test_serve_uses_the_comfyui_that_comfyui_path_names_and_ends_on_ctrl_c(
         port = int(address.rsplit(":", 1)[1])
         assert "PerfusionTrainConcept" in Client(port).json("/object_info/PerfusionTrainConcept")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             process.terminate()
