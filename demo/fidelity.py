@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .classes import CLASS_NAMES
 from .judge import Judge
 from .render import render
-from .specs import SCENES, STYLES, Specs, sample_specs
+from .specs import EMBLEMS, PATTERNS, SCENES, STYLES, Specs, sample_specs
 from .things import THINGS, personal_specs, photo_specs, put_thing
 
 REFERENCES = 96
@@ -101,8 +102,6 @@ def scene_fidelity(judge: Judge, pictures: Tensor, scenes: list[str], styles: li
 @torch.no_grad()
 def kinds_present(judge: Judge, pictures: Tensor, subjects: tuple[str, str]) -> float:
     """Share of pictures whose two likeliest kinds are those of the two subjects."""
-    from .classes import CLASS_NAMES
-
     logits = judge.read(judge.features(to_judge(pictures)))["kind"]
     wanted = torch.tensor(sorted(CLASS_NAMES.index(THINGS[s].kind) for s in subjects))
     return float((logits.topk(2, 1).indices.sort(1).values == wanted).all(1).float().mean())
@@ -110,8 +109,6 @@ def kinds_present(judge: Judge, pictures: Tensor, subjects: tuple[str, str]) -> 
 
 def attributes(judge: Judge, pictures: Tensor, subject: str) -> dict[str, float]:
     """Share of pictures in which the judge reads the thing's pattern, face, horn and emblem."""
-    from .specs import EMBLEMS, PATTERNS
-
     look = THINGS[subject]
     wanted = {
         "pattern": PATTERNS.index(look.pattern),

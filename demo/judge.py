@@ -75,4 +75,4 @@ def load_judge(path: Path) -> Judge:
     """The judge from its weight file."""
     judge = Judge()
     judge.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    return judge.eval().requires_grad_(False)
+    return judge.train(False).requires_grad_(False)
