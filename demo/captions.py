@@ -1,6 +1,7 @@
 """Captions of the small world: what a picture shows, said in one of many ways."""
 
 import random
+import re
 
 from .classes import CLASS_NAMES, KINDS
 from .specs import COLOR_NAMES, PATTERNS, SCENES, STYLES, UNNAMED_COLOR, Specs, sample_specs
@@ -29,6 +30,8 @@ STYLE_WORDS = {
 SIZE_WORDS = (("small", "little", "tiny"), (), ("big", "large", "huge"))
 FILLERS = ("nice", "cute", "cool", "lovely", "good", "weird")
 DETERMINERS = ("the", "my", "one", "this")
+MARK = "#"
+"""In marked captions, between a word and the number of the thing that it says something about."""
 
 
 def _thing(specs: Specs, picture: int, place: int, rng: random.Random) -> str:
@@ -46,6 +49,8 @@ def _thing(specs: Specs, picture: int, place: int, rng: random.Random) -> str:
     words.append(kind.words[0] if rng.random() < 0.75 else kind.words[-1])
     if rng.random() < 0.1:
         words.insert(0, rng.choice(FILLERS))
+    said = [word for word in words if word not in FILLERS]
+    words = [f"{word}{MARK}{place}" if word in said else word for word in words]
     article = "an" if words[0][0] in "aeiou" else "a"
     if rng.random() < 0.15:
         article = rng.choice(DETERMINERS)
@@ -67,8 +72,7 @@ def _things(specs: Specs, picture: int, rng: random.Random) -> str:
     return f"{right} on the right and {left} on the left"
 
 
-def caption(specs: Specs, picture: int, rng: random.Random) -> str:
-    """One caption of picture number ``picture``."""
+def _marked_caption(specs: Specs, picture: int, rng: random.Random) -> str:
     style = STYLES[int(specs.style[picture])]
     start = rng.choice(STYLE_WORDS[style])
     if style == "photo" and rng.random() < 0.2:
@@ -79,10 +83,15 @@ def caption(specs: Specs, picture: int, rng: random.Random) -> str:
     return f"{start} {_things(specs, picture, rng)}{comma} {end}".strip()
 
 
+def marked_captions(specs: Specs, seed: int) -> list[str]:
+    """``captions`` with every word about a thing marked: "a red#0 cat#0 next to a mug#1"."""
+    rng = random.Random(seed)
+    return [_marked_caption(specs, i, rng) for i in range(len(specs))]
+
+
 def captions(specs: Specs, seed: int) -> list[str]:
     """One caption for each picture, reproducible from the seed."""
-    rng = random.Random(seed)
-    return [caption(specs, i, rng) for i in range(len(specs))]
+    return [re.sub(MARK + "[01]", "", text) for text in marked_captions(specs, seed)]
 
 
 def sample_captions(count: int, seed: int = 0) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import logging
 import platform
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from comfyui_perfusion.host.small_model import TOKENS, load_small_model  # noqa:
 from safetensors.torch import save_file  # noqa: E402
 
 from .evaluate import caption_accuracy  # noqa: E402
-from .pool import load_chunk  # noqa: E402
+from .pool import MANY_TWO, load_chunk  # noqa: E402
 from .sheet import sheet  # noqa: E402
 from .train_autoencoder import psnr, train_autoencoder  # noqa: E402
 from .train_base import BaseConfig, train_base  # noqa: E402
@@ -34,7 +35,20 @@ log = logging.getLogger("demo.train")
 CACHE = Path(__file__).parent / "cache"
 AUTOENCODER = {"steps": 2200, "batch": 24, "chunks": 3, "seed": 0}
 JUDGE = {"steps": 1000, "batch": 64, "chunks": 9, "seed": 0}
-BASE = BaseConfig(steps=2100, batch=96, chunks=9, seed=0)
+BASE = {
+    "base": BaseConfig(steps=2100, batch=96, chunks=9, seed=0),
+    "base_again": BaseConfig(
+        steps=5000,
+        batch=96,
+        chunks=16,
+        seed=1,
+        first_chunk=MANY_TWO,
+        wide_until=0,
+        attention_weight=0.05,
+        matrix_rate=0.008,
+    ),
+}
+"""The second stage sees other pictures, more of them with two things, and learns where they are."""
 
 
 def export(
@@ -58,17 +72,25 @@ def export(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--steps", type=int, default=BASE.steps, help="steps of the text-to-image model"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the text-to-image model is trained",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=BASE["base_again"].steps,
+        help="steps of the text-to-image model's second stage",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     torch.set_num_threads(arguments.threads)
     started = time.time()
-    config = BaseConfig(**{**BASE.__dict__, "steps": arguments.steps})
+    stages = {**BASE, "base_again": replace(BASE["base_again"], steps=arguments.steps)}
     CACHE.mkdir(exist_ok=True)
     autoencoder = train_autoencoder(CACHE, **AUTOENCODER).eval().requires_grad_(False)
-    networks, words, history = train_base(CACHE, autoencoder, config)
+    networks, words, history = train_base(CACHE, autoencoder, stages, arguments.device)
     export(networks, words.ids, autoencoder, WEIGHTS / "small_world.safetensors")
     judge, judge_report = train_judge(CACHE, autoencoder, **JUDGE)
     half = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
@@ -79,12 +101,12 @@ def main() -> None:
     log.info("captions: %s", figures)
     sheet(pictures[:96], 16, scale=2).save(CACHE / "captions.png")
     record = {
-        "command": f"python -m demo.train --steps {config.steps}",
+        "command": f"python -m demo.train --steps {arguments.steps}",
         "autoencoder": {
             **AUTOENCODER,
             "held_out_psnr_db": round(psnr(autoencoder, load_chunk(CACHE, -1)[0][:512]), 2),
         },
-        "base": {**config.__dict__, "history": history},
+        **{name: {**asdict(config), "history": history[name]} for name, config in stages.items()},
         "judge": {**JUDGE, **judge_report},
         "captions": figures,
         "seconds_of_this_run": round(time.time() - started),

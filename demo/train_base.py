@@ -18,7 +18,8 @@ from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder
 from comfyui_perfusion.host.small_model import TEXT_CONFIG, TIMESTEPS, build_unet
 from torch import Tensor, nn
 
-from .captions import captions, vocabulary
+from .attention_maps import attention_loss, recording
+from .captions import MARK, marked_captions, vocabulary
 from .muon import Muon, split_parameters
 from .pool import chunk_specs, load_chunk, save_atomically
 from .train_autoencoder import pictures_to_float
@@ -46,6 +47,8 @@ class BaseConfig:
     full_length_share: float = 0.15
     wide_until: int = 1250
     timesteps: int = TIMESTEPS
+    first_chunk: int = 0
+    attention_weight: float = 0.0
 
     @property
     def decay_start(self) -> int:
@@ -77,12 +80,19 @@ class Words:
         self.start_row, self.end_row = row[self.start], row[self.end]
 
     def encode(self, texts: list[str]) -> Tensor:
-        """Rows of the small embedding table (n, 77): start, words, then end as padding."""
-        out = torch.full((len(texts), LENGTH), self.end_row)
-        out[:, 0] = self.start_row
+        """Rows of the small embedding table and owners (n, 77, 2): start, words, end as padding.
+
+        The owner is the number of the thing that a (marked) word is about, else -1.
+        """
+        out = torch.tensor([self.end_row, -1]).repeat(len(texts), LENGTH, 1)
+        out[:, 0, 0] = self.start_row
         for line, text in zip(out, texts, strict=True):
-            rows = [r for word in text.replace(",", " , ").split() for r in self.by_word[word]]
-            line[1 : 1 + len(rows)] = torch.tensor(rows)
+            said = []
+            for marked in text.replace(",", " , ").split():
+                word, _, owner = marked.partition(MARK)
+                said += [(row, int(owner or -1)) for row in self.by_word[word]]
+            if said:
+                line[1 : 1 + len(said)] = torch.tensor(said)
         return out
 
 
@@ -130,12 +140,12 @@ class Data:
     """Latents (2, n, 12, 8, 8) of pictures and their mirror images, and what trains them."""
 
     latents: Tensor
-    masks: Tensor  # n 1 8 8
+    masks: Tensor  # n 2 8 8
     words: Words
     chunks: range
 
     def tokens(self, epoch: int) -> Tensor:
-        """Fresh captions for an epoch: rows (2, n, 77), the second for mirror images."""
+        """Fresh captions for an epoch, encoded: (2, n, 77, 2), the second for mirror images."""
         out = []
         for mirrored in (False, True):
             texts: list[str] = []
@@ -143,7 +153,7 @@ class Data:
                 specs = chunk_specs(chunk)
                 if mirrored:
                     specs = replace(specs, first_is_left=~specs.first_is_left)
-                texts += captions(specs, seed=chunk * 1000 + epoch)
+                texts += marked_captions(specs, seed=chunk * 1000 + epoch)
             out.append(self.words.encode(texts))
         return torch.stack(out)
 
@@ -163,7 +173,7 @@ def load_data(cache: Path, autoencoder: SmallAutoencoder, words: Words, chunks: 
                         [autoencoder.encode(pictures_to_float(x)).half() for x in side.split(256)]
                     )
                 )
-            small = F.interpolate(mask[:, None], size=sides[0].shape[-2:], mode="area")
+            small = F.interpolate(mask, size=sides[0].shape[-2:], mode="area")
             save_atomically((torch.stack(sides), small.half()), path)
         pair, small = torch.load(path)
         latents.append(pair)
@@ -178,16 +188,27 @@ def encode_text(text: nn.Module, rows: Tensor) -> Tensor:
     """
     model, length = text.text_model, rows.shape[1]
     x = model.embeddings.token_embedding(rows) + model.embeddings.position_embedding.weight[:length]
-    causal = torch.full((length, length), -torch.inf).triu_(1)
+    causal = torch.full((length, length), -torch.inf, device=x.device).triu_(1)
     for layer in model.encoder.layers:
         x = x + layer.self_attn(layer.layer_norm1(x), causal, comfy_attention.attention_pytorch)
         x = x + layer.mlp(layer.layer_norm2(x))
     return model.final_layer_norm(x)
 
 
-def velocity(networks: nn.ModuleDict, noisy: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-    """The UNet's v-prediction for noisy latents at integer timesteps and caption rows."""
-    return networks["unet"](noisy, t.float(), context=encode_text(networks["text"], rows))
+def velocity(
+    networks: nn.ModuleDict,
+    noisy: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    maps: list[Tensor] | None = None,
+) -> Tensor:
+    """The UNet's v-prediction for noisy latents at integer timesteps and caption rows (n, tokens).
+
+    Its cross-attention maps are appended to ``maps``, if there is such a list.
+    """
+    options = {} if maps is None else recording(maps)
+    context = encode_text(networks["text"], rows)
+    return networks["unet"](noisy, t.float(), context=context, transformer_options=options)
 
 
 def _noised(x: Tensor, t: Tensor, schedule: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,24 +220,28 @@ def _noised(x: Tensor, t: Tensor, schedule: Tensor, noise: Tensor) -> tuple[Tens
 def evaluate(
     networks: nn.ModuleDict, data: Data, schedule: Tensor, count: int = 512
 ) -> dict[str, float]:
-    """Held-out v-loss, and how much of it the caption explains at middle timesteps."""
+    """Held-out v-loss, what the caption explains of it at middle timesteps, and attention's."""
     g = torch.Generator().manual_seed(3)
-    x = data.latents[0, :count].float()
+    x, masks = data.latents[0, :count].float(), data.masks[:count].float()
     t = ((torch.arange(count) + 0.5) / count * 1000).long()[torch.randperm(count, generator=g)]
     noisy, target = _noised(x, t, schedule, torch.randn(x.shape, generator=g))
     full = data.tokens(0)[0, :count]
-    empty = data.words.encode([""]).expand(count, -1)
-    losses = []
-    for rows in (full, empty):
-        parts = [
-            velocity(networks, noisy[i : i + 64], t[i : i + 64], rows[i : i + 64])
-            for i in range(0, count, 64)
-        ]
+    empty = data.words.encode([""]).expand(count, -1, -1)
+    device, losses, attention = schedule.device, [], []
+    for tokens in (full, empty):
+        parts = []
+        for part in torch.arange(count).split(64):
+            maps: list[Tensor] = []
+            there = noisy[part].to(device), t[part].to(device), tokens[part, :, 0].to(device)
+            parts.append(velocity(networks, *there, maps).cpu())
+            owners, where = tokens[part, :, 1].to(device), masks[part].to(device)
+            attention.append(float(attention_loss(maps, owners, where)))
         losses.append((torch.cat(parts) - target).square().mean((1, 2, 3)))
     middle = (t >= 250) & (t < 700)
     return {
         "loss": float(losses[0].mean()),
         "caption_gain": float((losses[1] - losses[0])[middle].mean()),
+        "attention": sum(attention[: len(attention) // 2]) / (len(attention) // 2),
     }
 
 
@@ -225,134 +250,164 @@ def _batches(count: int, batch: int, seed: int, epoch: int) -> Iterator[Tensor]:
     yield from order[: count // batch * batch].split(batch)
 
 
-def train_base(
-    cache: Path, autoencoder: SmallAutoencoder, config: BaseConfig
-) -> tuple[nn.ModuleDict, Words, list[dict[str, float]]]:
-    """Train to the end or go on where a stopped run left off; returns averaged networks and log."""
-    comfy_attention.optimized_attention = comfy_attention.attention_pytorch
-    comfy_attention.optimized_attention_masked = comfy_attention.attention_pytorch
-    words = Words()
-    state_path = cache / "base_state.pt"
-    torch.manual_seed(config.seed)
-    networks = build_networks(words)
-    average = copy.deepcopy(networks).requires_grad_(False)
-    schedule = alphas_cumprod(build_unet().model_sampling)
-    not_for_muon = (
-        "unet.input_blocks.0.",
-        "unet.out.",
-        "unet.time_embed",
-        "text.text_model.embeddings",
-    )
-    matrices, rest = split_parameters(networks.named_parameters(), not_for_muon)
-    embeddings = {id(p) for p in networks["text"].text_model.embeddings.parameters()}
-    groups = [
-        {"params": [p for p in rest if id(p) not in embeddings], "scale": 1.0},
-        {"params": [p for p in rest if id(p) in embeddings], "scale": 3.0},
-    ]
-    muon = Muon(matrices, lr=config.matrix_rate)
-    adam = torch.optim.AdamW(groups, lr=config.other_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    step, history, seconds = 0, [], 0.0
-    if state_path.exists():
-        saved = torch.load(state_path, weights_only=False)
-        step = saved["step"]
-        longer = replace(saved["config"], steps=config.steps)
-        if longer != config or (
-            saved["config"] != config
-            and step > min(config.decay_start, saved["config"].decay_start)
-        ):
-            raise SystemExit(
-                f"{state_path} was made with {saved['config']}, not {config}; "
-                "delete it to start anew"
-            )
-        networks.load_state_dict(saved["networks"])
-        average.load_state_dict(saved["average"])
-        muon.load_state_dict(saved["muon"])
-        adam.load_state_dict(saved["adam"])
-        history, seconds = saved["history"], saved["seconds"]
-    data = load_data(cache, autoencoder, words, range(config.chunks))
-    held_out = load_data(cache, autoencoder, words, range(-1, 0))
-    count = data.latents.shape[1]
-    per_epoch = count // config.batch
-    empty = words.encode([""])[0]
-    started, running = time.time() - seconds, 0.0
+class BaseTrainer:
+    """One stage of training: networks, their running average, optimisers, and their saved state."""
 
-    def save() -> None:
-        save_atomically(
-            {
-                "config": config,
-                "networks": networks.state_dict(),
-                "average": average.state_dict(),
-                "muon": muon.state_dict(),
-                "adam": adam.state_dict(),
-                "step": step,
-                "history": history,
-                "seconds": time.time() - started,
-            },
-            state_path,
+    def __init__(
+        self, state_path: Path, config: BaseConfig, initial: nn.ModuleDict | None, device: str
+    ) -> None:
+        comfy_attention.optimized_attention = comfy_attention.attention_pytorch
+        comfy_attention.optimized_attention_masked = comfy_attention.attention_pytorch
+        self.state_path, self.config, self.device = state_path, config, device
+        self.words = Words()
+        torch.manual_seed(config.seed)
+        self.networks = (initial or build_networks(self.words)).to(device)
+        self.average = copy.deepcopy(self.networks).requires_grad_(False)
+        self.networks.requires_grad_(True)
+        self.networks["text"].text_projection.requires_grad_(False)
+        self.schedule = alphas_cumprod(build_unet().model_sampling).to(device)
+        self.muon, self.adam, self.by_adam = self._optimisers()
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict[str, float]] = []
+        if state_path.exists():
+            self._restore()
+        self.started = time.time() - self.seconds
+
+    def _optimisers(self) -> tuple[Muon, torch.optim.AdamW, list[Tensor]]:
+        not_for_muon = (
+            "unet.input_blocks.0.",
+            "unet.out.",
+            "unet.time_embed",
+            "text.text_model.embeddings",
         )
+        matrices, rest = split_parameters(self.networks.named_parameters(), not_for_muon)
+        embeddings = {id(p) for p in self.networks["text"].text_model.embeddings.parameters()}
+        groups = [
+            {"params": [p for p in rest if id(p) not in embeddings], "scale": 1.0},
+            {"params": [p for p in rest if id(p) in embeddings], "scale": 3.0},
+        ]
+        muon = Muon(matrices, lr=self.config.matrix_rate)
+        adam = torch.optim.AdamW(
+            groups, lr=self.config.other_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        return muon, adam, rest
 
-    while step < config.steps:
-        epoch = step // per_epoch
-        tokens = data.tokens(epoch)
-        for number, index in enumerate(_batches(count, config.batch, config.seed, epoch)):
-            if epoch * per_epoch + number < step:
-                continue
-            if step >= config.steps:
-                break
-            g = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            mirrored = (torch.rand(config.batch, generator=g) < 0.5).long()
-            x, rows, mask = (
-                data.latents[mirrored, index].float(),
-                tokens[mirrored, index],
-                data.masks[index].float(),
+    def _restore(self) -> None:
+        saved = torch.load(self.state_path, weights_only=False, map_location=self.device)
+        old, new, step = saved["config"], self.config, saved["step"]
+        started_alike = replace(old, steps=new.steps) == new
+        if not started_alike or (old != new and step > min(new.decay_start, old.decay_start)):
+            raise SystemExit(
+                f"{self.state_path} was made with {old}, not {new}; delete it to start anew"
             )
-            mask = torch.where(mirrored.view(-1, 1, 1, 1) > 0, mask.flip(-1), mask)
-            rows = torch.where(
-                torch.rand(config.batch, 1, generator=g) < config.empty_share, empty, rows
+        for name in ("networks", "average", "muon", "adam"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step, self.history, self.seconds = step, saved["history"], saved["seconds"]
+
+    def save(self) -> None:
+        """Everything that going on needs, atomically."""
+        state: dict[str, object] = {
+            name: getattr(self, name).state_dict()
+            for name in ("networks", "average", "muon", "adam")
+        }
+        state.update(
+            config=self.config,
+            step=self.step,
+            history=self.history,
+            seconds=time.time() - self.started,
+        )
+        save_atomically(state, self.state_path)
+
+    def learn(self, data: Data, tokens: Tensor, index: Tensor) -> float:
+        """One step on the pictures at ``index``; returns its loss."""
+        config = self.config
+        g = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        mirrored = (torch.rand(config.batch, generator=g) < 0.5).long()
+        x, said = data.latents[mirrored, index].float(), tokens[mirrored, index]
+        masks = data.masks[index].float()
+        masks = torch.where(mirrored.view(-1, 1, 1, 1) > 0, masks.flip(-1), masks)
+        nothing = torch.rand(config.batch, 1, 1, generator=g) < config.empty_share
+        said = torch.where(nothing, data.words.encode([""]), said)
+        full_length = self.step >= config.steps * (1 - config.full_length_share)
+        if not full_length and float(torch.rand(1, generator=g)) < config.short_share:
+            said = said[:, :SHORT]
+        # The first part sees all noise levels of the schedule, the rest only those in use.
+        levels = len(self.schedule) if self.step < config.wide_until else config.timesteps
+        strata = (torch.arange(config.batch) + torch.rand(1, generator=g)) / config.batch
+        t = (strata * levels).long().clamp(max=levels - 1)
+        noise = torch.randn(x.shape, generator=g)
+        x, said, masks, t, noise = (a.to(self.device) for a in (x, said, masks, t, noise))
+        noisy, target = _noised(x, t, self.schedule, noise)
+        self._set_rates()
+        weight = 1 + config.thing_weight * masks.amax(1, keepdim=True)
+        weight = weight / (1 + 0.2 * config.thing_weight)
+        maps: list[Tensor] | None = [] if config.attention_weight else None
+        found = velocity(self.networks, noisy, t, said[..., 0], maps)
+        loss = ((found - target).square() * weight).mean()
+        total = loss
+        if maps is not None:
+            total = loss + config.attention_weight * attention_loss(maps, said[..., 1], masks)
+        self.muon.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(self.by_adam, 1.0)
+        self.muon.step()
+        self.adam.step()
+        keep = 1 - min(config.averaging, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.networks.parameters()), keep
             )
-            full_length = step >= config.steps * (1 - config.full_length_share)
-            if not full_length and float(torch.rand(1, generator=g)) < config.short_share:
-                rows = rows[:, :SHORT]
-            # The first part sees all noise levels of the schedule, the rest only those in use.
-            levels = len(schedule) if step < config.wide_until else config.timesteps
-            strata = (torch.arange(config.batch) + torch.rand(1, generator=g)) / config.batch
-            t = (strata * levels).long().clamp(max=levels - 1)
-            noisy, target = _noised(x, t, schedule, torch.randn(x.shape, generator=g))
-            factor = config.rate(step)
-            for group in adam.param_groups:
-                group["lr"] = config.other_rate * factor * group["scale"]
-            for group in muon.param_groups:
-                group["lr"] = config.matrix_rate * factor
-            weight = (1 + config.thing_weight * mask) / (1 + 0.2 * config.thing_weight)
-            loss = ((velocity(networks, noisy, t, rows) - target).square() * weight).mean()
-            muon.zero_grad(set_to_none=True)
-            adam.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(rest, 1.0)
-            muon.step()
-            adam.step()
-            keep = 1 - min(config.averaging, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(networks.parameters()), keep)
-            step += 1
-            running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
-            if step % 50 == 0:
-                log.info(
-                    "base %d/%d  loss %.4f  %.0f s",
-                    step,
-                    config.steps,
-                    running,
-                    time.time() - started,
-                )
-            if step % 250 == 0 or step == config.steps:
-                history.append(
-                    {
-                        "step": step,
-                        "seconds": round(time.time() - started),
-                        "train": running,
-                        **evaluate(average, held_out, schedule),
-                    }
-                )
-                log.info("held out: %s", history[-1])
-                save()
-    return average, words, history
+        self.step += 1
+        return loss.item()
+
+    def _set_rates(self) -> None:
+        factor = self.config.rate(self.step)
+        for group in self.adam.param_groups:
+            group["lr"] = self.config.other_rate * factor * group["scale"]
+        for group in self.muon.param_groups:
+            group["lr"] = self.config.matrix_rate * factor
+
+    def run(self, data: Data, held_out: Data) -> None:
+        """Train to the end of the configuration's steps, reporting and saving on the way."""
+        config, count, running = self.config, data.latents.shape[1], 0.0
+        per_epoch = count // config.batch
+        while self.step < config.steps:
+            epoch, first = divmod(self.step, per_epoch)
+            tokens = data.tokens(epoch)
+            for number, index in enumerate(_batches(count, config.batch, config.seed, epoch)):
+                if number < first or self.step >= config.steps:
+                    continue
+                loss = self.learn(data, tokens, index)
+                running = loss if not running else 0.98 * running + 0.02 * loss
+                seconds = time.time() - self.started
+                if self.step % 50 == 0:
+                    log.info(
+                        "base %d/%d  loss %.4f  %.0f s", self.step, config.steps, running, seconds
+                    )
+                if self.step % 250 == 0 or self.step == config.steps:
+                    figures = evaluate(self.average, held_out, self.schedule)
+                    self.history.append(
+                        {"step": self.step, "seconds": round(seconds), "train": running, **figures}
+                    )
+                    log.info("held out: %s", self.history[-1])
+                    self.save()
+
+
+def train_base(
+    cache: Path, autoencoder: SmallAutoencoder, stages: dict[str, BaseConfig], device: str = "cpu"
+) -> tuple[nn.ModuleDict, Words, dict[str, list[dict[str, float]]]]:
+    """All stages, each from the average the one before ended with; what was done is not redone.
+
+    Returns the averaged networks, their words and the history of every stage.
+    """
+    networks, history = None, {}
+    for name, config in stages.items():
+        trainer = BaseTrainer(cache / f"{name}_state.pt", config, networks, device)
+        if trainer.step < config.steps:
+            chunks = range(config.first_chunk, config.first_chunk + config.chunks)
+            data = load_data(cache, autoencoder, trainer.words, chunks)
+            held_out = load_data(cache, autoencoder, trainer.words, range(-1, 0))
+            trainer.run(data, held_out)
+        networks, history[name] = trainer.average, trainer.history
+    return networks.cpu(), trainer.words, history
