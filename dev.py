@@ -1,4 +1,4 @@
-"""python dev.py demo | test | serve: everything a newcomer or a developer needs, set up by itself.
+"""python dev.py demo | test | serve | bench: what a newcomer or developer needs, set up by itself.
 
 Standard library only. What it sets up lands in the ignored folders `.venv`, `.comfyui` and
 `.cache` beside this file; remove them to start afresh. The work is done by the modules in `dev/`.

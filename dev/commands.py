@@ -11,22 +11,26 @@ import time
 import webbrowser
 from pathlib import Path
 
+from .bench import bench, bench_names
 from .client import PromptRefused
 from .demo import demo
 from .prepare import Layout, make_server, prepare
 from .report import Failure, clear_progress, describe_os_error, say
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("demo", "test", "serve", "bench", "-h", "--help")
+# Whose further options are for the program they run.
+PASS_OPTIONS_ON = ("test", "bench")
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; every expected failure becomes one sentence and status 1."""
     parser = make_parser()
-    if not arguments or arguments[0] not in ("demo", "test", "serve", "-h", "--help"):
+    if not arguments or arguments[0] not in COMMANDS:
         parser.print_help(sys.stderr)
         return 2
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "test":
+    if rest and options.command not in PASS_OPTIONS_ON:
         parser.error(f"unknown option {rest[0]}")
     # A polite kill must end the server too: turned into an exception, it passes through `with`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -65,6 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("serve", help="open the web interface with the pack's templates")
     add.add_argument("--port", type=int, default=None, help="default: a free one")
     add.add_argument("--no-browser", action="store_true", help="only print the address")
+    add = commands.add_parser("bench", help="measure; further options go to the benchmark")
+    add.add_argument("name", choices=bench_names(ROOT), help="which benchmark")
     return parser
 
 
@@ -75,6 +81,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         return demo(layout, options.output.resolve())
     if options.command == "test":
         return test(layout, rest)
+    if options.command == "bench":
+        return bench(layout, options.name, rest)
     return serve(layout, options.port, not options.no_browser)
 
 

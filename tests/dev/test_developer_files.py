@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from dev.bench import bench_names
+
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 
 
@@ -40,3 +42,17 @@ def test_the_code_is_clean_under_ruff(repository: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bench_knows_the_benchmarks_and_refuses_other_names(repository: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "dev.py", "bench", "nothing"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "invalid choice: 'nothing'" in done.stderr
+    scripts = [file.stem for file in (repository / "benchmarks").glob("[a-z]*.py")]
+    assert bench_names(repository) == sorted(scripts)
+    assert all(name in done.stderr for name in scripts)

@@ -1,0 +1,1 @@
+"""Figures, each measured side by side in one run: `python dev.py bench <name>`."""

@@ -1,0 +1,83 @@
+"""What all benchmarks share: interleaved timing, a table, a JSON file beside the scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    synchronise: Callable[[], None] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each of `rounds` rounds, in turn, every second round backwards.
+
+    Taking turns lets a slow spell of the machine hit all of them; compare medians, or the medians
+    of ratios within one round. `synchronise` waits for a device that works on its own.
+    """
+    wait = synchronise or (lambda: None)
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for turn in range(-warmup, rounds):
+        for name in names if turn % 2 else reversed(names):
+            wait()
+            start = time.perf_counter()
+            candidates[name]()
+            wait()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Median over the rounds of one candidate's time over another's."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def write_results(
+    name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Write benchmarks/results/<name>.json; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {"machine": machine(), "settings": dict(settings), "rows": [dict(r) for r in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of equal keys as a Markdown table; numbers to four significant digits."""
+    heads = list(rows[0])
+    cells = [[_cell(row[head]) for head in heads] for row in rows]
+    widths = [max(len(line[at]) for line in (heads, *cells)) for at in range(len(heads))]
+    for line in (heads, ["-" * width for width in widths], *cells):
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
