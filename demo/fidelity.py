@@ -84,10 +84,11 @@ def pair_scales(judge: Judge, left: str, right: str, seed: int = 7_100_000) -> t
     others.style[:] = STYLES.index("photo")
     others.kind, others.x = own.kind, own.x
     own_pictures, other_pictures = render(own)[0], render(others)[0]
-    return tuple(
+    first, second = (
         Scale.between(judge, half(own_pictures, side), half(other_pictures, side))
         for side in (True, False)
     )
+    return first, second
 
 
 @torch.no_grad()

@@ -95,9 +95,8 @@ def main() -> None:
     judge, judge_report = train_judge(CACHE, autoencoder, **JUDGE)
     half = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
     save_file(half, WEIGHTS / "judge.safetensors")
-    figures, pictures = caption_accuracy(
-        *load_small_model(world_weights()), judge, count=256, seed=9_000_000
-    )
+    model, clip, vae = load_small_model(world_weights())
+    figures, pictures = caption_accuracy(model, clip, vae, judge, count=256, seed=9_000_000)
     log.info("captions: %s", figures)
     sheet(pictures[:96], 16, scale=2).save(CACHE / "captions.png")
     record = {

@@ -2,31 +2,27 @@
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import comfy.clip_model
 import comfy.ldm.modules.attention as comfy_attention
-import comfy.ops
-import comfy.sd1_clip
 import torch
-import torch.nn.functional as F
 from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder
-from comfyui_perfusion.host.small_model import TEXT_CONFIG, TIMESTEPS, build_unet
+from comfyui_perfusion.host.small_model import TIMESTEPS, build_unet
 from torch import Tensor, nn
 
-from .attention_maps import attention_loss, recording
-from .captions import MARK, marked_captions, vocabulary
+from .attention_maps import attention_loss
+from .base_data import Data, load_data
 from .muon import Muon, split_parameters
-from .pool import chunk_specs, load_chunk, save_atomically
-from .train_autoencoder import pictures_to_float
+from .networks import Words, alphas_cumprod, build_networks, velocity
+from .pool import save_atomically
 
 log = logging.getLogger("demo.train")
-LENGTH, SHORT = 77, 32
-"""Tokens a prompt has in ComfyUI, and the fewer that most training steps make do with."""
+SHORT = 32
+"""Tokens that most training steps make do with, of a prompt's 77."""
 
 
 @dataclass(frozen=True)
@@ -62,153 +58,6 @@ class BaseConfig:
         """Share of the full learning rate at ``step``."""
         left = (self.steps - step) / (self.steps - self.decay_start)
         return min(1.0, (step + 1) / 50, 0.02 + 0.98 * left)
-
-
-class Words:
-    """Token ids of captions, by word, in a vocabulary of only the ids that occur."""
-
-    def __init__(self) -> None:
-        tokenizer = comfy.sd1_clip.SDTokenizer()
-        self.start, self.end = 49406, 49407
-        by_word = {
-            w: [t for t, _ in tokenizer.tokenize_with_weights(w)[0][1:] if t != self.end]
-            for w in vocabulary()
-        }
-        self.ids = sorted({i for ids in by_word.values() for i in ids} | {self.start, self.end})
-        row = {token: index for index, token in enumerate(self.ids)}
-        self.by_word = {w: [row[i] for i in ids] for w, ids in by_word.items()}
-        self.start_row, self.end_row = row[self.start], row[self.end]
-
-    def encode(self, texts: list[str]) -> Tensor:
-        """Rows of the small embedding table and owners (n, 77, 2): start, words, end as padding.
-
-        The owner is the number of the thing that a (marked) word is about, else -1.
-        """
-        out = torch.tensor([self.end_row, -1]).repeat(len(texts), LENGTH, 1)
-        out[:, 0, 0] = self.start_row
-        for line, text in zip(out, texts, strict=True):
-            said = []
-            for marked in text.replace(",", " , ").split():
-                word, _, owner = marked.partition(MARK)
-                said += [(row, int(owner or -1)) for row in self.by_word[word]]
-            if said:
-                line[1 : 1 + len(said)] = torch.tensor(said)
-        return out
-
-
-def build_networks(words: Words) -> nn.ModuleDict:
-    """UNet and text encoder, freshly initialised, of ComfyUI's classes."""
-    unet = build_unet().diffusion_model
-    text = comfy.clip_model.CLIPTextModel(
-        TEXT_CONFIG, torch.float32, "cpu", comfy.ops.disable_weight_init
-    )
-    text.text_model.embeddings.token_embedding = nn.Embedding(
-        len(words.ids), TEXT_CONFIG["hidden_size"]
-    )
-    with torch.no_grad():
-        for name, p in unet.named_parameters():
-            if p.dim() > 1:
-                bound = 0.05 if p.dim() == 4 else 1.0
-                nn.init.normal_(p, std=min(1 / math.sqrt(p[0].numel()), bound))
-            else:
-                p.fill_(1.0 if name.endswith("weight") else 0.0)
-        for name, module in unet.named_modules():
-            if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
-                module.weight.zero_()
-                module.bias.zero_()
-        for name, p in text.named_parameters():
-            if "embedding" in name:
-                nn.init.normal_(p, std=0.5 if "token" in name else 0.1)
-            elif p.dim() > 1:
-                narrow = 0.5 if ("out_proj" in name or "fc2" in name) else 1.0
-                nn.init.normal_(p, std=narrow / math.sqrt(p.shape[1]))
-            else:
-                p.fill_(1.0 if name.endswith("weight") else 0.0)
-    networks = nn.ModuleDict({"unet": unet, "text": text})
-    networks.requires_grad_(True)
-    text.text_projection.requires_grad_(False)
-    return networks
-
-
-def alphas_cumprod(model_sampling: nn.Module) -> Tensor:
-    """Schedule of ComfyUI's own sampling object: sigma^2 = (1 - a) / a."""
-    return 1 / (1 + model_sampling.sigmas.square())
-
-
-@dataclass
-class Data:
-    """Latents (2, n, 12, 8, 8) of pictures and their mirror images, and what trains them."""
-
-    latents: Tensor
-    masks: Tensor  # n 2 8 8
-    words: Words
-    chunks: range
-
-    def tokens(self, epoch: int) -> Tensor:
-        """Fresh captions for an epoch, encoded: (2, n, 77, 2), the second for mirror images."""
-        out = []
-        for mirrored in (False, True):
-            texts: list[str] = []
-            for chunk in self.chunks:
-                specs = chunk_specs(chunk)
-                if mirrored:
-                    specs = replace(specs, first_is_left=~specs.first_is_left)
-                texts += marked_captions(specs, seed=chunk * 1000 + epoch)
-            out.append(self.words.encode(texts))
-        return torch.stack(out)
-
-
-@torch.no_grad()
-def load_data(cache: Path, autoencoder: SmallAutoencoder, words: Words, chunks: range) -> Data:
-    """Encode the pool once; kept in ``cache``."""
-    latents, masks = [], []
-    for chunk in chunks:
-        path = cache / f"latents{chunk}.pt"
-        if not path.exists():
-            pictures, mask = load_chunk(cache, chunk)
-            sides = []
-            for side in (pictures, pictures.flip(-1)):
-                sides.append(
-                    torch.cat(
-                        [autoencoder.encode(pictures_to_float(x)).half() for x in side.split(256)]
-                    )
-                )
-            small = F.interpolate(mask, size=sides[0].shape[-2:], mode="area")
-            save_atomically((torch.stack(sides), small.half()), path)
-        pair, small = torch.load(path)
-        latents.append(pair)
-        masks.append(small)
-    return Data(torch.cat(latents, 1), torch.cat(masks), words, chunks)
-
-
-def encode_text(text: nn.Module, rows: Tensor) -> Tensor:
-    """Last hidden states with the final norm, as CLIPTextEncode gives them: (n, tokens, 128).
-
-    ComfyUI's own forward adds in place, which cannot be differentiated, and insists on 77 tokens.
-    """
-    model, length = text.text_model, rows.shape[1]
-    x = model.embeddings.token_embedding(rows) + model.embeddings.position_embedding.weight[:length]
-    causal = torch.full((length, length), -torch.inf, device=x.device).triu_(1)
-    for layer in model.encoder.layers:
-        x = x + layer.self_attn(layer.layer_norm1(x), causal, comfy_attention.attention_pytorch)
-        x = x + layer.mlp(layer.layer_norm2(x))
-    return model.final_layer_norm(x)
-
-
-def velocity(
-    networks: nn.ModuleDict,
-    noisy: Tensor,
-    t: Tensor,
-    rows: Tensor,
-    maps: list[Tensor] | None = None,
-) -> Tensor:
-    """The UNet's v-prediction for noisy latents at integer timesteps and caption rows (n, tokens).
-
-    Its cross-attention maps are appended to ``maps``, if there is such a list.
-    """
-    options = {} if maps is None else recording(maps)
-    context = encode_text(networks["text"], rows)
-    return networks["unet"](noisy, t.float(), context=context, transformer_options=options)
 
 
 def _noised(x: Tensor, t: Tensor, schedule: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,7 +130,8 @@ class BaseTrainer:
             "text.text_model.embeddings",
         )
         matrices, rest = split_parameters(self.networks.named_parameters(), not_for_muon)
-        embeddings = {id(p) for p in self.networks["text"].text_model.embeddings.parameters()}
+        text: Any = self.networks["text"]
+        embeddings = {id(p) for p in text.text_model.embeddings.parameters()}
         groups = [
             {"params": [p for p in rest if id(p) not in embeddings], "scale": 1.0},
             {"params": [p for p in rest if id(p) in embeddings], "scale": 3.0},
@@ -355,9 +205,9 @@ class BaseTrainer:
         self.adam.step()
         keep = 1 - min(config.averaging, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.parameters()), list(self.networks.parameters()), keep
-            )
+            pairs = zip(self.average.parameters(), self.networks.parameters(), strict=True)
+            for old, new in pairs:
+                old.lerp_(new, keep)
         self.step += 1
         return loss.item()
 
@@ -401,7 +251,8 @@ def train_base(
 
     Returns the averaged networks, their words and the history of every stage.
     """
-    networks, history = None, {}
+    networks: nn.ModuleDict | None = None
+    history: dict[str, list[dict[str, float]]] = {}
     for name, config in stages.items():
         trainer = BaseTrainer(cache / f"{name}_state.pt", config, networks, device)
         if trainer.step < config.steps:
@@ -410,4 +261,6 @@ def train_base(
             held_out = load_data(cache, autoencoder, trainer.words, range(-1, 0))
             trainer.run(data, held_out)
         networks, history[name] = trainer.average, trainer.history
-    return networks.cpu(), trainer.words, history
+    if networks is None:
+        raise ValueError("no stage of training was given; expected at least one")
+    return networks.cpu(), Words(), history

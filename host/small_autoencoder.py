@@ -52,6 +52,8 @@ class SmallAutoencoder(nn.Module):
             nn.Conv2d(fine, 27, 3, padding=1),
             nn.PixelShuffle(3),
         )
+        self.latent_mean: Tensor
+        self.latent_std: Tensor
         self.register_buffer("latent_mean", torch.zeros(1, z, 1, 1))
         self.register_buffer("latent_std", torch.ones(1, z, 1, 1))
 

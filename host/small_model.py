@@ -148,7 +148,7 @@ def _make_clip_patcher(
 
 def _make_vae(weights: Mapping[str, Tensor]) -> comfy.sd.VAE:
     # VAE() knows its networks by their keys; it starts as the simplest one and gets ours.
-    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    vae: Any = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     model = SmallAutoencoder().train(False).requires_grad_(False)
     _load(model, _cut(weights, "vae."), "autoencoder")
     vae.first_stage_model = model.to(vae.vae_dtype)
