@@ -34,7 +34,7 @@ from .world import WEIGHTS, world_weights  # noqa: E402
 log = logging.getLogger("demo.train")
 CACHE = Path(__file__).parent / "cache"
 AUTOENCODER = {"steps": 2200, "batch": 24, "chunks": 3, "seed": 0}
-JUDGE = {"steps": 1000, "batch": 64, "chunks": 9, "seed": 0}
+JUDGE = {"steps": 2000, "batch": 64, "first_chunk": MANY_TWO, "chunks": 16, "seed": 0}
 BASE = {
     "base": BaseConfig(steps=2100, batch=96, chunks=9, seed=0),
     "base_again": BaseConfig(
@@ -89,7 +89,7 @@ def main() -> None:
     started = time.time()
     stages = {**BASE, "base_again": replace(BASE["base_again"], steps=arguments.steps)}
     CACHE.mkdir(exist_ok=True)
-    autoencoder = train_autoencoder(CACHE, **AUTOENCODER).eval().requires_grad_(False)
+    autoencoder = train_autoencoder(CACHE, **AUTOENCODER).train(False).requires_grad_(False)
     networks, words, history = train_base(CACHE, autoencoder, stages, arguments.device)
     export(networks, words.ids, autoencoder, WEIGHTS / "small_world.safetensors")
     judge, judge_report = train_judge(CACHE, autoencoder, **JUDGE)

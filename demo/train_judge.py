@@ -103,7 +103,13 @@ def accuracies(judge: Judge, pictures: Tensor, specs: Specs) -> dict[str, float]
 
 
 def train_judge(
-    cache: Path, autoencoder: SmallAutoencoder, steps: int, batch: int, chunks: int, seed: int
+    cache: Path,
+    autoencoder: SmallAutoencoder,
+    steps: int,
+    batch: int,
+    first_chunk: int,
+    chunks: int,
+    seed: int,
 ) -> tuple[Judge, dict[str, dict[str, float]]]:
     """The judge and its accuracy on held-out renderings, plain and through the autoencoder."""
     torch.manual_seed(seed)
@@ -114,7 +120,8 @@ def train_judge(
         (Muon(matrices, lr=0.02), 0.02),
         (torch.optim.AdamW([*rest, scale], lr=2e-3, weight_decay=0.01), 2e-3),
     ]
-    pool = [(load_chunk(cache, i)[0], chunk_specs(i)) for i in range(chunks)]
+    indices = range(first_chunk, first_chunk + chunks)
+    pool = [(load_chunk(cache, i)[0], chunk_specs(i)) for i in indices]
     first, second = _load_pairs(cache)
     kinds = torch.arange(PAIRS) % len(CLASS_NAMES)
     by_kind = [
@@ -169,7 +176,7 @@ def train_judge(
                 loss.item(),
                 time.time() - started,
             )
-    judge.eval().requires_grad_(False)
+    judge.train(False).requires_grad_(False)
     pictures, specs = load_chunk(cache, -1)[0][:2048], chunk_specs(-1).take(slice(0, 2048))
     plain = pictures_to_float(pictures)
     coded = torch.cat(
