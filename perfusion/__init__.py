@@ -1,8 +1,10 @@
 """Key-locked gated rank-one editing of cross-attention: the method, without any host."""
 
+from .closed_form import Constraints, TextEdit, solve
 from .concept import Concept, ConceptFileError, load_concept, save_concept
 from .covariance import Covariance, CovarianceAccumulator
 from .key_lock import locked_outputs
+from .low_rank import LowRank, lora_tensors
 from .rank_one import (
     Basis,
     Direction,
@@ -28,12 +30,15 @@ __all__ = [
     "Batch",
     "Concept",
     "ConceptFileError",
+    "Constraints",
     "Covariance",
     "CovarianceAccumulator",
     "Denoiser",
     "Direction",
     "Encoded",
     "GatedEdit",
+    "LowRank",
+    "TextEdit",
     "TrainingConfig",
     "TrainingResult",
     "active_directions",
@@ -42,8 +47,10 @@ __all__ = [
     "gated_inputs",
     "load_concept",
     "locked_outputs",
+    "lora_tensors",
     "project",
     "save_concept",
     "similarities",
+    "solve",
     "train_concept",
 ]
