@@ -22,6 +22,7 @@ class Data:
     masks: Tensor  # n 2 8 8
     words: Words
     chunks: range
+    place_first: bool
 
     def tokens(self, epoch: int) -> Tensor:
         """Fresh captions for an epoch, encoded: (2, n, 77, 2), the second for mirror images."""
@@ -32,13 +33,19 @@ class Data:
                 specs = chunk_specs(chunk)
                 if mirrored:
                     specs = replace(specs, first_is_left=~specs.first_is_left)
-                texts += marked_captions(specs, seed=chunk * 1000 + epoch)
+                texts += marked_captions(specs, chunk * 1000 + epoch, self.place_first)
             out.append(self.words.encode(texts))
         return torch.stack(out)
 
 
 @torch.no_grad()
-def load_data(cache: Path, autoencoder: SmallAutoencoder, words: Words, chunks: range) -> Data:
+def load_data(
+    cache: Path,
+    autoencoder: SmallAutoencoder,
+    words: Words,
+    chunks: range,
+    place_first: bool = True,
+) -> Data:
     """Encode the pool once; kept in ``cache``."""
     latents, masks = [], []
     for chunk in chunks:
@@ -57,4 +64,4 @@ def load_data(cache: Path, autoencoder: SmallAutoencoder, words: Words, chunks: 
         pair, small = torch.load(path)
         latents.append(pair)
         masks.append(small)
-    return Data(torch.cat(latents, 1), torch.cat(masks), words, chunks)
+    return Data(torch.cat(latents, 1), torch.cat(masks), words, chunks, place_first)

@@ -57,7 +57,7 @@ def _thing(specs: Specs, picture: int, place: int, rng: random.Random) -> str:
     return " ".join([article, *words])
 
 
-def _things(specs: Specs, picture: int, rng: random.Random) -> str:
+def _things(specs: Specs, picture: int, rng: random.Random, place_first: bool) -> str:
     first = _thing(specs, picture, 0, rng)
     if not bool(specs.two[picture]):
         return first
@@ -69,10 +69,12 @@ def _things(specs: Specs, picture: int, rng: random.Random) -> str:
         return both[0] + rng.choice((" and ", " next to ")) + both[1]
     if way < 0.75:
         return f"{left} on the left and {right} on the right"
+    if place_first:  # only so can a text encoder that reads from the left put them in place
+        return f"on the left {left} and on the right {right}"
     return f"{right} on the right and {left} on the left"
 
 
-def _marked_caption(specs: Specs, picture: int, rng: random.Random) -> str:
+def _marked_caption(specs: Specs, picture: int, rng: random.Random, place_first: bool) -> str:
     style = STYLES[int(specs.style[picture])]
     start = rng.choice(STYLE_WORDS[style])
     if style == "photo" and rng.random() < 0.2:
@@ -80,13 +82,16 @@ def _marked_caption(specs: Specs, picture: int, rng: random.Random) -> str:
     scene = SCENES[int(specs.scene[picture])]
     end = rng.choice(SCENE_WORDS[scene]) if scene in SCENE_WORDS and rng.random() < 0.92 else ""
     comma = "," if end and rng.random() < 0.1 else ""
-    return f"{start} {_things(specs, picture, rng)}{comma} {end}".strip()
+    return f"{start} {_things(specs, picture, rng, place_first)}{comma} {end}".strip()
 
 
-def marked_captions(specs: Specs, seed: int) -> list[str]:
-    """``captions`` with every word about a thing marked: "a red#0 cat#0 next to a mug#1"."""
+def marked_captions(specs: Specs, seed: int, place_first: bool = True) -> list[str]:
+    """``captions`` with every word about a thing marked: "a red#0 cat#0 next to a mug#1".
+
+    Without ``place_first`` no caption says where a thing is before it names the thing.
+    """
     rng = random.Random(seed)
-    return [_marked_caption(specs, i, rng) for i in range(len(specs))]
+    return [_marked_caption(specs, i, rng, place_first) for i in range(len(specs))]
 
 
 def captions(specs: Specs, seed: int) -> list[str]:

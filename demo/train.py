@@ -37,8 +37,8 @@ AUTOENCODER = {"steps": 2200, "batch": 24, "chunks": 3, "seed": 0}
 JUDGE = {"steps": 2000, "batch": 64, "first_chunk": MANY_TWO, "chunks": 16, "seed": 0}
 BASE = {
     "base": BaseConfig(steps=2100, batch=96, chunks=9, seed=0),
-    "base_again": BaseConfig(
-        steps=5000,
+    "base_places": BaseConfig(
+        steps=750,
         batch=96,
         chunks=16,
         seed=1,
@@ -46,9 +46,22 @@ BASE = {
         wide_until=0,
         attention_weight=0.05,
         matrix_rate=0.008,
+        decay_share=0.0,
+        full_length_share=0.0,
+    ),
+    "base_words": BaseConfig(
+        steps=3600,
+        batch=96,
+        chunks=16,
+        seed=2,
+        first_chunk=MANY_TWO,
+        wide_until=0,
+        attention_weight=0.1,
+        matrix_rate=0.008,
+        place_first=True,
     ),
 }
-"""The second stage sees other pictures, more of them with two things, and learns where they are."""
+"""Later stages see other pictures, more of them with two things, and are told where they are."""
 
 
 def export(
@@ -79,15 +92,15 @@ def main() -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        default=BASE["base_again"].steps,
-        help="steps of the text-to-image model's second stage",
+        default=BASE["base_words"].steps,
+        help="steps of the text-to-image model's last stage",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     torch.set_num_threads(arguments.threads)
     started = time.time()
-    stages = {**BASE, "base_again": replace(BASE["base_again"], steps=arguments.steps)}
+    stages = {**BASE, "base_words": replace(BASE["base_words"], steps=arguments.steps)}
     CACHE.mkdir(exist_ok=True)
     autoencoder = train_autoencoder(CACHE, **AUTOENCODER).train(False).requires_grad_(False)
     networks, words, history = train_base(CACHE, autoencoder, stages, arguments.device)

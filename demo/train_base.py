@@ -45,6 +45,7 @@ class BaseConfig:
     timesteps: int = TIMESTEPS
     first_chunk: int = 0
     attention_weight: float = 0.0
+    place_first: bool = False
 
     @property
     def decay_start(self) -> int:
@@ -56,7 +57,7 @@ class BaseConfig:
 
     def rate(self, step: int) -> float:
         """Share of the full learning rate at ``step``."""
-        left = (self.steps - step) / (self.steps - self.decay_start)
+        left = (self.steps - step) / max(1, self.steps - self.decay_start)
         return min(1.0, (step + 1) / 50, 0.02 + 0.98 * left)
 
 
@@ -257,7 +258,7 @@ def train_base(
         trainer = BaseTrainer(cache / f"{name}_state.pt", config, networks, device)
         if trainer.step < config.steps:
             chunks = range(config.first_chunk, config.first_chunk + config.chunks)
-            data = load_data(cache, autoencoder, trainer.words, chunks)
+            data = load_data(cache, autoencoder, trainer.words, chunks, config.place_first)
             held_out = load_data(cache, autoencoder, trainer.words, range(-1, 0))
             trainer.run(data, held_out)
         networks, history[name] = trainer.average, trainer.history

@@ -1,68 +1,35 @@
-"""The edit inside a loaded model: one dispatcher per text projection.
-
-ComfyUI shares one set of modules among all clones of a patcher, so nothing is ever replaced
-for good. While a patcher that carries concepts is loaded, the `.forward` of every text projection
-is a `Dispatcher`; its edits are keyed by patcher. The dispatcher calls the projection's original
-forward, so LoRA, quantised and offloaded weights stay the projection's own business.
-"""
+"""The concepts of a patcher inside the model it loads (see `dispatch` for the way in)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import logging
+from collections.abc import Sequence
+from typing import Any
 
+import comfy.model_management
 import comfy.patcher_extension
 import torch
 from torch import Tensor
 
 from ..perfusion.concept import Concept
-from ..perfusion.rank_one import Basis, combine, gated_inputs, project
+from ..perfusion.rank_one import project
+from .agenda import Acting, Agenda, Clock
+from .dispatch import Dispatcher, Projection, install, uninstall
 from .families import cross_attentions
+from .hints import Hints
+from .sharing import RunCache, SharedInputs
+from .twin import untwined
+
+logger = logging.getLogger("perfusion")
 
 KEY = "perfusion"
 
-Projection = Callable[[Tensor], Tensor]
-
-_DISPATCHER = "_perfusion_dispatcher"
 _APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
-
-
-class SharedInputs:
-    """x' and the gates of the encoding at hand, computed once and shared by all projections.
-
-    A model call hands one and the same tensor to all its layers; it is recognised by identity
-    and held, so its memory cannot be reused meanwhile. `forget` ends that after each call.
-    """
-
-    def __init__(self, basis: Basis) -> None:
-        self.basis = basis
-        self.encodings: Tensor | None = None
-        self.inputs: Tensor | None = None
-        self.gates: Tensor | None = None
-
-    def of(self, encodings: Tensor) -> tuple[Tensor, Tensor]:
-        """x' (B, N, D) and gates (B, N, k) of encodings (B, N, D), both in their dtype."""
-        if self.encodings is not encodings or self.inputs is None or self.gates is None:
-            self.inputs, gates = gated_inputs(encodings, self.basis)
-            self.gates = gates.to(encodings.dtype)
-            self.encodings = encodings
-        return self.inputs, self.gates
-
-    def forget(self) -> None:
-        """Drop the tensors of the last call."""
-        self.encodings = self.inputs = self.gates = None
-
-
-class Edit(Protocol):
-    """What a dispatcher does in place of its projection."""
-
-    def apply(self, original: Projection, encodings: Tensor) -> Tensor:
-        """The edited projection (B, N, d) of encodings (B, N, D)."""
-        ...
+_OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 
 
 class ConceptEdit:
-    """The concepts in one projection: one target output per concept.
+    """The concepts in one projection: one target output per concept that may act there.
 
     `targets` holds each concept's output (d,), or None where it is what the projection itself
     makes of the concept's superclass encoding in `superclasses` (k, D): local key lock. Those are
@@ -74,11 +41,14 @@ class ConceptEdit:
     ) -> None:
         self.shared = shared
         self.outputs: Tensor | None = None
+        self._all: Tensor | None = None
         self._targets = targets
         self._superclasses = superclasses
 
     def apply(self, original: Projection, encodings: Tensor) -> Tensor:
         """`W x' + g o`: the projection's own forward and one rank-k update."""
+        if not self.shared.acting:
+            return original(encodings)
         outputs = self.outputs
         if outputs is None:
             outputs = self.prepare(original, encodings.device, encodings.dtype)
@@ -93,101 +63,105 @@ class ConceptEdit:
             if any(row is None for row in rows):
                 keys = original(self._superclasses.to(device, dtype)[None])[0]
                 rows = [key if row is None else row for row, key in zip(rows, keys, strict=True)]
-            outputs = torch.stack([row for row in rows if row is not None])
-        self.outputs = outputs
-        return outputs
+            self._all = torch.stack([row for row in rows if row is not None])
+        return self.choose()
+
+    def choose(self) -> Tensor:
+        """Keep the outputs of the concepts that act now; `prepare` comes first."""
+        assert self._all is not None
+        group, acting = self.shared.group, self.shared.acting
+        whole = acting == group
+        self.outputs = self._all if whole else self._all[[group.index(at) for at in acting]]
+        return self.outputs
 
 
-class Dispatcher:
-    """Stands in for a projection's `.forward`; plain callable, kept by the module for good.
+class TwinKeys:
+    """The key projection under global key lock: unedited, of the prompt's twin."""
 
-    Without an edit it is the original forward. With edits of several owners at once (only when
-    ComfyUI loads their patchers together) the one put last is in force.
-    """
+    def __init__(self, shared: SharedInputs) -> None:
+        self.shared = shared
 
-    def __init__(self, module: Any) -> None:
-        self.original: Projection = module.forward
-        self.replaced: Any = module.__dict__.get("forward")
-        self.installed = False
-        self.edits: dict[int, Edit] = {}
-        self.active: Edit | None = None
-
-    def __call__(self, encodings: Tensor) -> Tensor:
-        edit = self.active
-        if edit is None:
-            return self.original(encodings)
-        return edit.apply(self.original, encodings)
-
-    def put(self, owner: int, edit: Edit) -> None:
-        """Add or replace the edit of one owner; it becomes the one in force."""
-        self.edits.pop(owner, None)
-        self.edits[owner] = edit
-        self.active = edit
-
-    def drop(self, owner: int) -> None:
-        """Remove the edit of one owner, if it has one."""
-        self.edits.pop(owner, None)
-        self.active = next(reversed(self.edits.values()), None)
-
-
-def install(module: Any) -> Dispatcher:
-    """The dispatcher of a projection module, put in place of its forward."""
-    dispatcher = module.__dict__.get(_DISPATCHER)
-    current = module.__dict__.get("forward")
-    if dispatcher is None:
-        dispatcher = module.__dict__[_DISPATCHER] = Dispatcher(module)
-    elif dispatcher.installed and not _is_own_forward(module):
-        # Still there: on top, or below a forward another pack laid over it.
-        return dispatcher
-    else:
-        # Someone else's forward may have come or gone since.
-        dispatcher.original = module.forward
-        dispatcher.replaced = current
-    dispatcher.installed = True
-    module.__dict__["forward"] = dispatcher
-    return dispatcher
-
-
-def uninstall(module: Any, owner: int) -> None:
-    """Drop an owner's edit and, when it was the last, give the module its forward back."""
-    dispatcher = module.__dict__.get(_DISPATCHER)
-    if dispatcher is None:
-        return
-    dispatcher.drop(owner)
-    if dispatcher.edits:
-        return
-    if module.__dict__.get("forward") is dispatcher:
-        dispatcher.installed = False
-        if dispatcher.replaced is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = dispatcher.replaced
-    elif _is_own_forward(module):
-        dispatcher.installed = False
-    # Any other forward was laid over ours and is not ours to remove; ours passes through.
-
-
-def _is_own_forward(module: Any) -> bool:
-    """Whether nothing stands in for the forward of the module's class."""
-    return getattr(module.forward, "__func__", None) is type(module).forward
+    def apply(self, original: Projection, encodings: Tensor) -> Tensor:
+        """`W e_twin`: nothing but the projection's own forward."""
+        if not self.shared.acting:
+            return original(encodings)
+        return original(self.shared.keys_of(encodings))
 
 
 class _ModelEdit:
     """The edit of one injected model: its shared inputs and all its projections."""
 
-    def __init__(self, model: Any, shared: SharedInputs) -> None:
+    def __init__(self, model: Any, agenda: Agenda) -> None:
         self.model_id = id(model)
-        self.shared = shared
-        self.projections: list[tuple[Dispatcher, ConceptEdit]] = []
+        self.cache = RunCache()
+        self._agenda = agenda
+        self._groups = {group: SharedInputs(group, agenda) for group in agenda.groups.values()}
+        self._edits: list[tuple[Dispatcher, ConceptEdit]] = []
+        self._clock: tuple[Any, Clock] | None = None
+        self._hooked = False
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Make everything ready outside of a compiled region."""
-        self.shared.forget()
-        for dispatcher, edit in self.projections:
-            if edit.outputs is None:
-                edit.prepare(dispatcher.original, device, dtype)
-        if self.shared.basis.inputs.device != device:
-            self.shared.basis = self.shared.basis.to(device, torch.float32)
+    def add(self, owner: int, layer: Any, concepts: Sequence[Concept], twin_keys: bool) -> None:
+        """Put the edit of one cross-attention in place."""
+        group = self._agenda.groups[layer.name]
+        if not group:
+            return
+        shared = self._groups[group]
+        chosen = [concepts[at] for at in group]
+        superclasses = torch.stack([concept.superclass_encoding for concept in chosen])
+        keys = [None if c.o_k is None else c.o_k[layer.name] for c in chosen]
+        values = [concept.o_v[layer.name] for concept in chosen]
+        if twin_keys:
+            install(layer.to_k).put(owner, TwinKeys(shared))
+        else:
+            self._put(owner, layer.to_k, ConceptEdit(shared, keys, superclasses))
+        self._put(owner, layer.to_v, ConceptEdit(shared, values, superclasses))
+
+    def begin(self, model: Any, sigma: Tensor, name: Any, encodings: Tensor, keys: Tensor) -> Tensor:
+        """Make everything ready outside of a compiled region.
+
+        Returns the encodings to call the model with.
+        """
+        acting, progress = None, 0.0
+        if self._agenda.scheduled:
+            clock, level = self._clock_of(model), float(sigma.flatten()[0])
+            acting = clock.acting(self._agenda.concepts, level)
+            progress = clock.progress(level)
+        changed = [group for group in self._groups.values() if group.act(acting)]
+        # Hooks of conditionings patch other weights in, and the locked keys are made with them.
+        hooked = getattr(model.current_patcher, "current_hooks", None) is not None
+        for dispatcher, edit in self._edits:
+            if not edit.shared.acting:
+                continue
+            if edit.outputs is None or hooked or self._hooked:
+                edit.prepare(dispatcher.original, encodings.device, encodings.dtype)
+            elif edit.shared in changed:
+                edit.choose()
+        self._hooked = hooked
+        entry = self.cache.entry(name, encodings, keys)
+        for group in self._groups.values():
+            group.begin(entry, progress)
+        return entry.encodings
+
+    def acting(self) -> dict[Acting, Tensor]:
+        """The gates (B, N, k) of the call at hand, by the concepts that act."""
+        groups = [group for group in self._groups.values() if group.gates is not None]
+        return {group.acting: group.gates for group in groups if group.gates is not None}
+
+    def forget(self) -> None:
+        """Drop the tensors of the last call."""
+        for group in self._groups.values():
+            group.forget()
+
+    def _put(self, owner: int, module: Any, edit: ConceptEdit) -> None:
+        dispatcher = install(module)
+        dispatcher.put(owner, edit)
+        self._edits.append((dispatcher, edit))
+
+    def _clock_of(self, model: Any) -> Clock:
+        # Nodes such as ModelSamplingDiscrete put another noise schedule into the same model.
+        if self._clock is None or self._clock[0] is not model.model_sampling:
+            self._clock = model.model_sampling, Clock(model.model_sampling)
+        return self._clock[1]
 
 
 class ConceptInjection:
@@ -198,26 +172,19 @@ class ConceptInjection:
     anything that has a `.to`.
     """
 
-    def __init__(self, concepts: Sequence[Concept]) -> None:
-        self.concepts = tuple(concepts)
-        basis = combine([concept.direction() for concept in self.concepts])
-        self._basis = basis.to(torch.device("cpu"), torch.float32)
+    def __init__(self, agenda: Agenda, global_lock: bool = False) -> None:
+        self.concepts = agenda.concepts
+        self._agenda = agenda
+        self._global_lock = global_lock
+        self._hints = Hints(agenda.concepts, global_lock)
         self._live: dict[int, _ModelEdit] = {}
 
     def inject(self, patcher: Any) -> None:
         """Put the edit into the patcher's model. May be called again without an eject."""
         self.eject(patcher)
-        shared = SharedInputs(self._basis)
-        edit = _ModelEdit(patcher.model, shared)
-        superclasses = torch.stack([concept.superclass_encoding for concept in self.concepts])
+        edit = _ModelEdit(patcher.model, self._agenda)
         for layer in cross_attentions(patcher.model):
-            keys = [None if c.o_k is None else c.o_k[layer.name] for c in self.concepts]
-            values = [concept.o_v[layer.name] for concept in self.concepts]
-            for module, targets in ((layer.to_k, keys), (layer.to_v, values)):
-                dispatcher = install(module)
-                projection = ConceptEdit(shared, targets, superclasses)
-                dispatcher.put(id(patcher), projection)
-                edit.projections.append((dispatcher, projection))
+            edit.add(id(patcher), layer, self.concepts, self._global_lock)
         self._live[id(patcher)] = edit
 
     def eject(self, patcher: Any) -> None:
@@ -227,7 +194,17 @@ class ConceptInjection:
             uninstall(layer.to_v, id(patcher))
         self._live.pop(id(patcher), None)
 
-    def wrap_apply_model(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrap_apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Around each model call: outputs ready before it, no tensor of it kept after it."""
         model = executor.class_obj
         edits = [edit for edit in self._live.values() if edit.model_id == id(model)]
@@ -236,18 +213,40 @@ class ConceptInjection:
                 "the model is sampled with concepts applied but their edit is not in it; another "
                 "node removed the injection of this model, connect Apply Concepts after that node"
             )
+        if c_crossattn is None:
+            raise ValueError("the model is sampled with concepts but without a prompt")
+        options = {} if transformer_options is None else transformer_options
+        names = options.get("uuids")
+        encodings, keys = (
+            comfy.model_management.cast_to_device(each, x.device, model.get_dtype_inference())
+            for each in untwined(c_crossattn)
+        )
         for edit in edits:
-            edit.prepare(x.device, model.get_dtype_inference())
+            name = None if names is None else tuple(names)
+            encodings = edit.begin(model, t, name, encodings, keys)
+            self._hints.watch(edit.acting(), keys is not encodings)
         try:
-            return executor(x, *args, **kwargs)
+            return executor(x, t, c_concat, encodings, control, options, **kwargs)
         finally:
             for edit in edits:
-                edit.shared.forget()
+                edit.forget()
+
+    def wrap_outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around each sampling run: nothing that belongs to it outlives it."""
+        try:
+            result = executor(*args, **kwargs)
+            self._hints.give()
+            return result
+        finally:
+            self._hints.clear()
+            for edit in self._live.values():
+                edit.cache.clear()
 
 
 def set_injection(patcher: Any, injection: ConceptInjection | None) -> None:
     """Give a patcher this one injection (None: none), replacing the one it has."""
     patcher.remove_wrappers_with_key(_APPLY_MODEL, KEY)
+    patcher.remove_wrappers_with_key(_OUTER_SAMPLE, KEY)
     patcher.remove_injections(KEY)
     if injection is None:
         return
@@ -256,3 +255,4 @@ def set_injection(patcher: Any, injection: ConceptInjection | None) -> None:
         [comfy.patcher_extension.PatcherInjection(injection.inject, injection.eject)],
     )
     patcher.add_wrapper_with_key(_APPLY_MODEL, KEY, injection.wrap_apply_model)
+    patcher.add_wrapper_with_key(_OUTER_SAMPLE, KEY, injection.wrap_outer_sample)

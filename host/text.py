@@ -67,9 +67,7 @@ class TextEncoders:
 
     def word_tokens(self, name: str, word: str) -> list[int]:
         """Token ids of a word or phrase alone, without start, end and padding."""
-        tokenizer = self.tokenizer(name)
-        end = -1 if tokenizer.tokenizer_adds_end_token else None
-        return list(tokenizer.tokenizer(word)["input_ids"][tokenizer.tokens_start : end])
+        return word_tokens(self.tokenizer(name), word)
 
     def token_vectors(self, name: str, tokens: Sequence[int]) -> Tensor:
         """Rows (n, dim) fp32 of an encoder's token embedding."""
@@ -117,6 +115,12 @@ class TextEncoders:
                 for value in getattr(patch, "weights", ()):
                     _hash_values(content, value)
         return content.hexdigest()[:16]
+
+
+def word_tokens(tokenizer: Any, word: str) -> list[int]:
+    """Token ids of a word or phrase alone in an SDTokenizer, without start, end and padding."""
+    end = -1 if tokenizer.tokenizer_adds_end_token else None
+    return list(tokenizer.tokenizer(word)["input_ids"][tokenizer.tokens_start : end])
 
 
 def token_is(token: int | Tensor, wanted: int) -> bool:

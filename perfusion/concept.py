@@ -13,6 +13,7 @@ from torch import Tensor
 from .concept_file import LAYER_LIMIT, decode, encode
 from .rank_one import Direction
 from .safe_file import ConceptFileError, read_untrusted, write_atomically
+from .schedule import Schedule
 from .words import check_identifier, check_phrase, check_word
 
 __all__ = ["Concept", "ConceptFileError", "load_concept", "save_concept"]
@@ -30,7 +31,9 @@ class Concept:
     to its value output (d,); ``o_k`` holds trained keys and is None for keys locked to the
     superclass. ``bias``, ``temperature`` and ``strength`` are the gate at inference,
     ``train_bias`` and ``train_temperature`` the gate it was trained with. ``metadata`` carries
-    everything else as text (hashes, training settings, modelspec keys, thumbnail).
+    everything else as text (hashes, training settings, modelspec keys, thumbnail). ``schedule``
+    says when and where it acts and takes the place of ``bias`` and ``temperature``; it belongs to
+    a workflow, not to the file.
 
     Raises ValueError, naming the field, when the pieces do not fit together.
     """
@@ -50,6 +53,7 @@ class Concept:
     train_bias: float = 0.75
     train_temperature: float = 0.1
     metadata: Mapping[str, str] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         check_identifier("family", self.family)
@@ -86,13 +90,25 @@ class Concept:
         temperature: float | None = None,
         strength: float | None = None,
     ) -> Concept:
-        """The same concept with another inference gate; None keeps a value."""
+        """The same concept with another inference gate; None keeps a value.
+
+        Raises ValueError for another bias or temperature of a scheduled concept.
+        """
+        if self.schedule is not None and not bias is temperature is None:
+            raise ValueError(
+                f"the schedule of concept '{self.placeholder}' decides its bias and temperature; "
+                "set the gate first and the schedule after it"
+            )
         return replace(
             self,
             bias=self.bias if bias is None else bias,
             temperature=self.temperature if temperature is None else temperature,
             strength=self.strength if strength is None else strength,
         )
+
+    def with_schedule(self, schedule: Schedule | None) -> Concept:
+        """The same concept acting only when and where a schedule says (None: always)."""
+        return replace(self, schedule=schedule)
 
     def direction(self) -> Direction:
         """The gate and direction `rank_one` works with, named after the placeholder."""
@@ -159,13 +175,18 @@ def _check_vector(key: str, vector: Tensor, width: int | None = None) -> None:
 def save_concept(concept: Concept, path: Path | str, dtype: torch.dtype = torch.float16) -> Path:
     """Write a concept as .safetensors in fp16 (or fp32), atomically; returns the path written.
 
-    A missing folder is made. Raises ValueError for another suffix or dtype, for metadata that
-    takes one of the format's own keys, and for values fp16 cannot hold; OSError when the disk
+    A missing folder is made. Raises ValueError for another suffix or dtype, for a concept with a
+    schedule, for metadata that takes one of the format's own keys, and for values fp16 cannot hold; OSError when the disk
     refuses, leaving no partial file and any former one untouched.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"expected a path ending in .safetensors, found {path.name!r}")
+    if concept.schedule is not None:
+        raise ValueError(
+            f"concept '{concept.placeholder}' has a schedule, which a file does not keep; save the "
+            "concept as it was before the schedule"
+        )
     tensors, metadata = encode(concept, dtype)
     write_atomically(path, tensors, metadata)
     return path

@@ -14,7 +14,7 @@ per encoding and every projection then only does `project`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -85,6 +85,14 @@ class Basis:
             return self
         # The dtype first: some devices have no fp64.
         return Basis(*(getattr(self, name).to(dtype).to(device) for name in _BASIS_FIELDS))
+
+    def with_gates(self, bias: Sequence[float], temperature: Sequence[float]) -> Basis:
+        """The same basis with other gates, one value for each direction."""
+        return replace(
+            self,
+            bias=self.bias.new_tensor(list(bias)),
+            temperature=self.temperature.new_tensor(list(temperature)),
+        )
 
 
 _BASIS_FIELDS = ("inputs", "duals", "mix", "bias", "temperature", "strength")
@@ -166,12 +174,26 @@ def gated_inputs(
     by `combine` saves repeating the solve. Concepts of strength 0 change nothing and get gate 0.
     Raises ValueError as `combine` does, and for encodings of another width.
     """
+    inputs, similarity, basis = edited_inputs(encodings, directions)
+    return inputs, open_gates(similarity, basis)
+
+
+def edited_inputs(
+    encodings: Tensor, directions: Sequence[Direction] | Basis
+) -> tuple[Tensor, Tensor, Basis]:
+    """x' (..., N, D) in the encodings' dtype, the similarities (..., N, k), the basis used.
+
+    The part of `gated_inputs` that does not change when the gates move.
+    """
     wide, basis = _prepare(encodings, directions)
     similarity = wide @ basis.duals.mT
-    gates = torch.sigmoid((similarity - basis.bias) / basis.temperature) * basis.strength
     coefficients = (similarity @ basis.mix) * basis.strength
-    edited = wide - coefficients @ basis.inputs
-    return edited.to(encodings.dtype), gates
+    return (wide - coefficients @ basis.inputs).to(encodings.dtype), similarity, basis
+
+
+def open_gates(similarity: Tensor, basis: Basis) -> Tensor:
+    """``g w`` (..., N, k) of similarities (..., N, k): the gates times the strengths."""
+    return torch.sigmoid((similarity - basis.bias) / basis.temperature) * basis.strength
 
 
 def project(

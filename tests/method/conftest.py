@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from perfusion.concept import Concept
+from perfusion.encoded_prompt import EncodedPrompt
 
 
 def sd1_layers() -> dict[str, int]:
@@ -101,3 +102,49 @@ def small_concept() -> Concept:
 @pytest.fixture(scope="session")
 def trained_keys_concept() -> Concept:
     return make_concept("small_world", {"a.attn2": 6, "b.attn2": 4}, {"l": 8}, 8, trained_keys=True)
+
+
+TOY_WIDTH, TOY_LENGTH = 24, 12
+START, END, PAD = 1, 2, 0
+
+
+class ToyText:
+    """A text encoder to check by hand, causal like CLIP's: an encoding depends on all before it.
+
+    Words are split into sub-words at '-'.
+    """
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {}
+
+    def token(self, piece: str) -> int:
+        return self.ids.setdefault(piece, len(self.ids) + 3)
+
+    def __call__(self, prompts) -> list[EncodedPrompt]:
+        return [self.prompt(text) for text in prompts]
+
+    def prompt(self, text: str) -> EncodedPrompt:
+        pieces = []
+        for word in text.lower().split():
+            parts = word.split("-")
+            pieces += [*parts[:-1], parts[-1] + " "]
+        tokens = [START, *(self.token(piece) for piece in pieces), END]
+        assert len(tokens) <= TOY_LENGTH, text
+        padding = TOY_LENGTH - len(tokens)
+        tokens += [PAD] * padding
+        shown = ["<start>", *pieces, "<end>", *["<pad>"] * padding]
+        state, rows = torch.zeros(TOY_WIDTH, dtype=torch.float64), []
+        for token in tokens:
+            generator = torch.Generator().manual_seed(token)
+            own = torch.randn(TOY_WIDTH, generator=generator, dtype=torch.float64)
+            state = 0.5 * state + own
+            rows.append(state)
+        return EncodedPrompt(
+            text, tuple(tokens), tuple(shown), 1, len(pieces) + 1, torch.stack(rows)
+        )
+
+
+@pytest.fixture
+def toy() -> ToyText:
+    """Encodes prompts of few words."""
+    return ToyText()
