@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,6 @@ from .families import cross_attentions
 from .hints import Hints
 from .sharing import RunCache, SharedInputs
 from .twin import untwined
-
-logger = logging.getLogger("perfusion")
 
 KEY = "perfusion"
 
@@ -116,7 +113,9 @@ class _ModelEdit:
             self._put(owner, layer.to_k, ConceptEdit(shared, keys, superclasses))
         self._put(owner, layer.to_v, ConceptEdit(shared, values, superclasses))
 
-    def begin(self, model: Any, sigma: Tensor, name: Any, encodings: Tensor, keys: Tensor) -> Tensor:
+    def begin(
+        self, model: Any, sigma: Tensor, name: Any, encodings: Tensor, keys: Tensor
+    ) -> Tensor:
         """Make everything ready outside of a compiled region.
 
         Returns the encodings to call the model with.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..perfusion.denoiser import Batch, Encoded
 from ..perfusion.rank_one import GatedEdit, Part
+from .dispatch import Projection, install
 from .families import check_clip, cross_attentions, family_of
-from .injection import Projection, install
 from .native_loss import loss_weight, schedule
 from .private_copy import ordinary, private_clip, private_patcher, training_dtype, unload
 from .text import TextEncoders, Tokens

@@ -2,9 +2,25 @@
 
 from .closed_form import Constraints, TextEdit, solve
 from .concept import Concept, ConceptFileError, load_concept, save_concept
+from .concept_inputs import ConceptInputs, merge_inputs
 from .covariance import Covariance, CovarianceAccumulator
+from .embedding import EmbeddingReturn, EmbeddingWrapper, merge_embedding_wrappers
+from .finetuning import (
+    calculate_input_covariance,
+    finetune_groups,
+    get_finetune_optimizer,
+    get_finetune_parameters,
+    loss_fn_weighted_by_mask,
+)
 from .key_lock import locked_outputs
 from .low_rank import LowRank, lora_tensors
+from .module_files import concept_of, load_modules, save_modules
+from .modules import (
+    Rank1EditModule,
+    make_key_value_proj_rank1_edit_modules_,
+    merge_rank1_edit_modules,
+)
+from .open_clip_wrapper import OpenClipEmbedWrapper
 from .rank_one import (
     Basis,
     Direction,
@@ -33,29 +49,46 @@ __all__ = [
     "Batch",
     "Concept",
     "ConceptFileError",
+    "ConceptInputs",
     "Constraints",
     "Covariance",
     "CovarianceAccumulator",
     "Denoiser",
     "Direction",
+    "EmbeddingReturn",
+    "EmbeddingWrapper",
     "Encoded",
     "GatedEdit",
-    "Schedule",
     "LowRank",
+    "OpenClipEmbedWrapper",
+    "Rank1EditModule",
+    "Schedule",
     "TextEdit",
     "TrainingConfig",
     "TrainingResult",
     "active_directions",
+    "calculate_input_covariance",
     "combine",
+    "concept_of",
     "edit_projection",
     "edited_inputs",
+    "finetune_groups",
     "gated_inputs",
+    "get_finetune_optimizer",
+    "get_finetune_parameters",
     "load_concept",
+    "load_modules",
     "locked_outputs",
     "lora_tensors",
+    "loss_fn_weighted_by_mask",
+    "make_key_value_proj_rank1_edit_modules_",
+    "merge_embedding_wrappers",
+    "merge_inputs",
+    "merge_rank1_edit_modules",
     "open_gates",
     "project",
     "save_concept",
+    "save_modules",
     "similarities",
     "solve",
     "train_concept",

@@ -176,8 +176,8 @@ def save_concept(concept: Concept, path: Path | str, dtype: torch.dtype = torch.
     """Write a concept as .safetensors in fp16 (or fp32), atomically; returns the path written.
 
     A missing folder is made. Raises ValueError for another suffix or dtype, for a concept with a
-    schedule, for metadata that takes one of the format's own keys, and for values fp16 cannot hold; OSError when the disk
-    refuses, leaving no partial file and any former one untouched.
+    schedule, for metadata that takes one of the format's own keys, and for values fp16 cannot
+    hold; OSError when the disk refuses, leaving no partial file and any former one untouched.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

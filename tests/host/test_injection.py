@@ -9,7 +9,7 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from comfyui_perfusion.host import injection
+from comfyui_perfusion.host import injection, sharing
 from comfyui_perfusion.host.apply import applied_concepts, apply_concepts
 from comfyui_perfusion.host.families import cross_attentions
 from comfyui_perfusion.perfusion import edit_projection
@@ -245,21 +245,47 @@ def test_a_context_changed_by_an_attention_patch_is_edited_as_changed(worlds, tw
     assert_close(found, worlds.sample(pure, clip_patched, PROMPT))
 
 
-def test_gates_are_computed_once_per_model_call_and_nothing_is_kept(worlds, two, monkeypatch):
+def test_gates_are_computed_once_per_sampling_run_and_nothing_is_kept(worlds, two, monkeypatch):
     model, clip = worlds.model("sd1"), worlds.clip("sd1")
     patched, clip_patched = apply_concepts(model, clip, two)
-    calls = []
-    original = injection.gated_inputs
+    calls = {"edited_inputs": 0, "open_gates": 0, "gated_inputs": 0}
 
-    def counted(encodings, basis):
-        calls.append(encodings.shape)
-        return original(encodings, basis)
+    def count(name):
+        original = getattr(sharing, name)
 
-    monkeypatch.setattr(injection, "gated_inputs", counted)
+        def counted(*args):
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(sharing, name, counted)
+
+    for name in calls:
+        count(name)
     worlds.sample(patched, clip_patched, PROMPT, 3)
-    assert len(calls) == 3
-    shared = next(projections(patched)).forward.active.shared
+    assert calls == {"edited_inputs": 1, "open_gates": 1, "gated_inputs": 0}
+    worlds.sample(patched, clip_patched, PROMPT, 3)
+    assert calls == {"edited_inputs": 2, "open_gates": 2, "gated_inputs": 0}
+    module = next(projections(patched))
+    shared = module.forward.active.shared
     assert shared.encodings is shared.inputs is shared.gates is None
+    (edit,) = patched.get_injections(injection.KEY)[0].inject.__self__._live.values()
+    assert not edit.cache._entries
+
+
+def test_encodings_that_change_between_steps_under_one_name_are_noticed(worlds, two):
+    model, clip = worlds.model("sd1"), worlds.clip("sd1")
+
+    def fading(apply_model, args):
+        shrink = 0.5 + float(args["timestep"][0]) / 30
+        changed = {**args["c"], "c_crossattn": args["c"]["c_crossattn"] * shrink}
+        return apply_model(args["input"], args["timestep"], **changed)
+
+    patched, clip_patched = apply_concepts(model, clip, two)
+    patched.set_model_unet_function_wrapper(fading)
+    pure = worlds.pure(model, list(two))
+    pure.set_model_unet_function_wrapper(fading)
+    found = worlds.sample(patched, clip_patched, PROMPT, 3)
+    assert_close(found, worlds.sample(pure, clip_patched, PROMPT, 3))
 
 
 def test_locked_keys_are_computed_once_per_load_and_not_per_step(worlds, two, monkeypatch):
