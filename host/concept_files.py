@@ -11,11 +11,11 @@ import folder_paths
 import torch
 
 from ..perfusion.concept import Concept, load_concept, save_concept
+from .numbered_files import EXTENSION, numbered_file
 
 logger = logging.getLogger("perfusion")
 
 FOLDER = "perfusion"
-EXTENSION = ".safetensors"
 INTERRUPTED = "interrupted"
 SHIPPED = Path(__file__).parent.parent / "demo" / "concepts"
 
@@ -72,19 +72,8 @@ def write_concept(concept: Concept, filename_prefix: str) -> tuple[str, int]:
     Raises:
         ValueError: for a prefix that leaves the concept folder or names no file.
     """
-    root = Path(folder_paths.get_folder_paths(FOLDER)[0])
-    inside = (root / filename_prefix).resolve()
-    if not inside.is_relative_to(root.resolve()) or inside == root.resolve():
-        raise ValueError(
-            f"filename_prefix: expected a name inside {root}, found {filename_prefix!r}; use a "
-            "name such as 'concepts/my_cat'"
-        )
-    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(
-        filename_prefix, str(root)
-    )
-    file = f"{name}_{number:05}_{EXTENSION}"
-    path = save_concept(concept, Path(folder) / file)
-    return (Path(subfolder) / file).as_posix(), path.stat().st_size
+    path, name = numbered_file(FOLDER, filename_prefix)
+    return name, save_concept(concept, path).stat().st_size
 
 
 def write_interrupted(concept: Concept) -> str:

@@ -11,6 +11,13 @@ from .concepts import (
     PerfusionSetGate,
 )
 from .demo import PerfusionDemoImages, PerfusionDemoModel
+from .editing import (
+    PerfusionDebias,
+    PerfusionEditAssumption,
+    PerfusionEraseConcepts,
+    PerfusionPreserve,
+    PerfusionSaveEdit,
+)
 from .training import PerfusionCovariance, PerfusionTrainConcept
 
 NODES: tuple[type[io.ComfyNode], ...] = (
@@ -20,6 +27,11 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PerfusionSaveConcept,
     PerfusionTrainConcept,
     PerfusionCovariance,
+    PerfusionEditAssumption,
+    PerfusionEraseConcepts,
+    PerfusionDebias,
+    PerfusionPreserve,
+    PerfusionSaveEdit,
     PerfusionDemoModel,
     PerfusionDemoImages,
 )

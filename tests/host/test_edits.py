@@ -1,0 +1,359 @@
+"""Closed-form edits in ComfyUI: patches that stack, the LoRA they become, what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from comfyui_perfusion.host.edit_prompts import PromptEncoder
+from comfyui_perfusion.host.edits import applied_edits
+from comfyui_perfusion.host.families import UnsupportedModelError, cross_attentions
+from comfyui_perfusion.nodes.editing import (
+    PerfusionDebias,
+    PerfusionEditAssumption,
+    PerfusionEraseConcepts,
+    PerfusionPreserve,
+    PerfusionSaveEdit,
+)
+from comfyui_perfusion.nodes.training import PerfusionCovariance
+from comfyui_perfusion.perfusion.closed_form import solve
+from comfyui_perfusion.perfusion.encoded_prompt import match_in_order
+from comfyui_perfusion.perfusion.time_edit import time_constraints
+
+SOLVING = {"ridge": 0.1, "with_to_k": True, "strength": 1.0, "layers": "", "restart": False}
+SENTENCES = "a {}\na photo of a {} on the beach"
+
+
+def assume(model, clip, source="a cat", destination="a red cat", **changes):
+    settings = {"augment": False, **SOLVING, **changes}
+    return PerfusionEditAssumption.execute(model, clip, source, destination, **settings).args
+
+
+def erase(model, clip, concepts="cat -> thing", method="both", **changes):
+    settings = {"sentences": SENTENCES, **SOLVING, **changes}
+    return PerfusionEraseConcepts.execute(model, clip, concepts, method, **settings).args
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """The text projections of a MODEL as ComfyUI computes them when it loads it."""
+    # A loaded clone would have its patches in the weights that all clones share.
+    comfy.model_management.unload_all_models()
+    found = {}
+    for layer in cross_attentions(model.model):
+        for part in ("to_k", "to_v"):
+            key = f"diffusion_model.{layer.name}.{part}.weight"
+            found[key] = model.patch_weight_to_device(key, return_weight=True).float().clone()
+    return found
+
+
+def difference(first, second) -> float:
+    """Largest relative difference of two models' weights."""
+    a, b = weights_of(first), weights_of(second)
+    return max(float((a[key] - b[key]).norm() / a[key].norm()) for key in a)
+
+
+@pytest.fixture
+def loras(tmp_path, monkeypatch):
+    """An empty models/loras."""
+    _, extensions = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], extensions))
+    return tmp_path
+
+
+def loaded(model, file, strength=1.0):
+    """What the stock LoRA loader makes of a model."""
+    content = comfy.utils.load_torch_file(str(file), safe_load=True)
+    return comfy.sd.load_lora_for_models(model, None, content, strength, 0.0)[0]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_an_edit_is_the_solvers_on_every_text_projection(worlds, family):
+    model, clip = worlds.model(family), worlds.clip(family)
+    before = worlds.state(model)
+    edited, report = assume(model, clip)
+    solved = solve(time_constraints(PromptEncoder(clip), "a cat", "a red cat", False), 0.1)
+    old, new = weights_of(model), weights_of(edited)
+    for key, weight in old.items():
+        torch.testing.assert_close(new[key], weight + solved.factors(weight).dense())
+    assert difference(model, edited) > 1e-3
+    assert f"{len(old)} projections edited" in report
+    assert worlds.same(worlds.state(model), before)
+    assert applied_edits(model) == ()
+
+
+def test_prompts_are_encoded_as_the_encode_node_does_weights_included(worlds):
+    clip = worlds.clip("sdxl")
+    texts = ["a Cat", "a (birdbath:1.3) here", ""]
+    for text, found in zip(texts, PromptEncoder(clip)(texts), strict=True):
+        encoding = clip.encode_from_tokens(clip.tokenize(text))[0]
+        torch.testing.assert_close(found.encodings, encoding, rtol=1e-4, atol=1e-4)
+    weighted, plain = PromptEncoder(clip)(["a (cat:1.3)", "a red CAT"])
+    assert match_in_order(weighted, plain)[:4] == [0, 1, 3, 4]
+    assert plain.pieces[1:4] == ("a ", "red ", "cat ")
+
+
+def test_a_missing_word_is_named_whole_even_when_it_is_several_tokens(worlds):
+    # CLIP has no token for it.
+    word = "Zyxopterix"
+    with pytest.raises(ValueError, match=rf"word '{word.lower()}' of the source"):
+        assume(worlds.model("small"), worlds.clip("sd1"), f"a {word} here", "a red bird here")
+
+
+def test_pictures_change_with_the_edit_and_not_at_strength_zero(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    plain = worlds.sample(model, clip, "a cat")
+    assert not torch.equal(worlds.sample(assume(model, clip)[0], clip, "a cat"), plain)
+    off, report = assume(model, clip, strength=0.0)
+    assert torch.equal(worlds.sample(off, clip, "a cat"), plain)
+    assert "strength 0" in report
+    assert torch.equal(worlds.sample(model, clip, "a cat"), plain)
+
+
+def test_a_saved_edit_loaded_by_the_stock_loader_draws_the_same_picture(worlds, loras):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    edited, _ = assume(model, clip, strength=0.8)
+    wanted = worlds.sample(edited, clip, "a cat")
+    far = float((worlds.sample(model, clip, "a cat") - wanted).norm())
+    for precision, allowed in (("fp32", 1e-3), ("fp16", 2e-2)):
+        output = PerfusionSaveEdit.execute(edited, "mine/edit", 0, precision)
+        (text,) = output.ui.as_dict()["text"]
+        name = text.split(" ")[0]
+        found = worlds.sample(loaded(model, loras / name), clip, "a cat")
+        assert float((found - wanted).norm()) < allowed * far, precision
+    # At most the number of tokens that move: 77 less "<start> a".
+    assert int(re.search(r"rank (\d+),", text).group(1)) <= 75
+    assert "error of the shorter rank 0" in text or "e-" in text
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sdxl_refiner"])
+def test_every_projection_is_found_again_under_its_name_in_the_file(worlds, loras, family):
+    model, clip = worlds.model(family), worlds.clip(family)
+    edited, _ = assume(model, clip)
+    PerfusionSaveEdit.execute(edited, "edit", 0, "fp32")
+    (file,) = loras.glob("*.safetensors")
+    assert difference(edited, loaded(model, file)) < 1e-5
+    keys = set(comfy.utils.load_torch_file(str(file)))
+    block = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert f"lora_unet_{block}.lora_up.weight" in keys
+
+
+def test_a_shorter_rank_states_its_error(worlds, loras):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    edited, _ = assume(model, clip)
+    output = PerfusionSaveEdit.execute(edited, "edit", 2, "fp32")
+    (text,) = output.ui.as_dict()["text"]
+    stated = float(text.rsplit(" ", 1)[1])
+    found = loaded(model, loras / text.split(" ")[0])
+    old, wanted, new = (weights_of(each) for each in (model, edited, found))
+    errors = [float((new[k] - wanted[k]).norm() / (wanted[k] - old[k]).norm()) for k in old]
+    assert "rank 2," in text
+    assert stated == pytest.approx(max(errors), rel=0.02)
+
+
+def test_edits_in_a_row_build_on_each_other_and_are_saved_as_their_sum(worlds, loras):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    first, _ = assume(model, clip, strength=0.5)
+    second, _ = assume(first, clip, "a dog", "a blue dog")
+    solved = solve(time_constraints(PromptEncoder(clip), "a dog", "a blue dog", False), 0.1)
+    between, after = weights_of(first), weights_of(second)
+    for key, weight in between.items():
+        wanted = weight + solved.factors(weight).dense()
+        torch.testing.assert_close(after[key], wanted, rtol=1e-4, atol=1e-5)
+    PerfusionSaveEdit.execute(second, "edit", 0, "fp32")
+    (file,) = loras.glob("*.safetensors")
+    assert difference(second, loaded(model, file)) < 1e-5
+
+
+def test_restart_drops_earlier_edits_and_keeps_other_patches(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    with_lora = worlds.with_lora(model, worlds.lora(model, 0))
+    first, _ = assume(with_lora, clip, "a dog", "a blue dog")
+    again, _ = assume(first, clip, restart=True)
+    wanted, _ = assume(with_lora, clip)
+    assert difference(wanted, again) == 0
+    assert len(applied_edits(again)) == 1
+    assert difference(wanted, assume(first, clip)[0]) > 1e-3
+
+
+def test_a_lora_before_counts_and_a_lora_after_is_added(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    lora = worlds.lora(model, 0)
+    solved = solve(time_constraints(PromptEncoder(clip), "a cat", "a red cat", False), 0.1)
+    before, _ = assume(worlds.with_lora(model, lora), clip)
+    after = worlds.with_lora(assume(model, clip)[0], lora)
+    plain, changed = weights_of(model), weights_of(worlds.with_lora(model, lora))
+    found_before, found_after = weights_of(before), weights_of(after)
+    for key, weight in changed.items():
+        wanted = weight + solved.factors(weight).dense()
+        torch.testing.assert_close(found_before[key], wanted, rtol=1e-4, atol=1e-5)
+        wanted = weight + solved.factors(plain[key]).dense()
+        torch.testing.assert_close(found_after[key], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_values_alone_and_chosen_layers_alone_can_be_edited(worlds):
+    model, clip = worlds.model("sd1"), worlds.clip("sd1")
+    old = weights_of(model)
+
+    def changed(**settings):
+        new = weights_of(assume(model, clip, **settings)[0])
+        return {key for key in old if not torch.equal(old[key], new[key])}
+
+    assert changed(with_to_k=False) == {key for key in old if ".to_v." in key}
+    chosen = changed(layers="middle_block, output_blocks.3")
+    assert chosen == {key for key in old if "middle_block" in key or "output_blocks.3" in key}
+    with pytest.raises(ValueError, match=r"name contains 'up_blocks', so nothing would be edited"):
+        assume(model, clip, layers="up_blocks")
+
+
+def test_half_precision_models_are_edited_within_their_precision(worlds):
+    model, clip = worlds.new_model("small", seed=4), worlds.clip("sd1")
+    wanted = weights_of(assume(model, clip)[0])
+    model.model.diffusion_model.to(torch.float16)
+    found = weights_of(assume(model, clip)[0])
+    for key, weight in wanted.items():
+        assert float((found[key] - weight).norm() / weight.norm()) < 2e-3
+
+
+def test_many_concepts_are_erased_in_one_solve_by_every_method(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    lines = "cat -> animal\nbig dog -> animal\nhouse"
+    ranks = {}
+    for method in ("replacement", "refinement", "both"):
+        edited, report = erase(model, clip, lines, method)
+        assert "house -> thing" in report
+        assert difference(model, edited) > 1e-4
+        ranks[method] = int(re.search(r"rank (\d+)", report).group(1))
+    assert ranks["replacement"] == 6
+    assert ranks["replacement"] < ranks["refinement"] <= ranks["both"]
+
+
+def test_without_sentences_the_built_in_thirty_are_used(worlds):
+    _, report = erase(worlds.model("small"), worlds.clip("sd1"), sentences="", method="replacement")
+    assert int(re.search(r"constraints: (\d+)", report).group(1)) >= 30
+
+
+def moved(clip, before, edited, prompt) -> float:
+    """How far the outputs of a prompt's words have moved, over all projections."""
+    (found,) = PromptEncoder(clip)([prompt])
+    words = found.encodings[found.first : found.end + 1].mT
+    after = weights_of(edited)
+    return sum(float(((after[key] - before[key]) @ words).norm()) for key in before)
+
+
+def test_what_is_preserved_moves_less(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    (kept,) = PerfusionPreserve.execute(clip, "a dog\na house", 1000.0).args
+    free, _ = erase(model, clip)
+    held, report = erase(model, clip, preserve=kept)
+    assert float(re.search(r"drift of what is preserved: (\S+)", report).group(1)) < 0.05
+    before = weights_of(model)
+    assert moved(clip, before, held, "a dog") < 0.1 * moved(clip, before, free, "a dog")
+
+
+def test_statistics_are_preserved_and_allow_for_no_ridge_at_all(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    with pytest.raises(ValueError, match="lambda = 0 leaves the edit undetermined"):
+        erase(model, clip, ridge=0.0)
+    captions = [f"a {w} and a {v} {n}" for n in range(40) for w, v in ("xy", "zw", "uv")]
+    (covariance,) = PerfusionCovariance.execute(clip, "\n".join(captions)).args
+    (kept,) = PerfusionPreserve.execute(clip, "", 1.0, covariance, 1e6).args
+    edited, report = erase(model, clip, ridge=1.0, preserve=kept)
+    before, (free, _) = weights_of(model), erase(model, clip, ridge=1.0)
+    held, loose = (moved(clip, before, each, captions[0]) for each in (edited, free))
+    assert held < 0.3 * loose
+    assert "not measured" in report
+    other = worlds.new_clip("sd1", seed=9)
+    with pytest.raises(ValueError, match="another text encoder"):
+        PerfusionPreserve.execute(other, "a dog", 1.0, covariance)
+
+
+def debias(model, clip, **changes):
+    settings = {
+        "concepts": "mug\ncup",
+        "attributes": "white {}\nblue {}",
+        "measured": "0.9, 0.1",
+        "wanted": "",
+        "step": 1.0,
+        **SOLVING,
+        **changes,
+    }
+    return PerfusionDebias.execute(model, clip, **settings).args
+
+
+def test_debiasing_pushes_each_concept_towards_the_rarer_attribute(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    edited, report = debias(model, clip, ridge=1e-4)
+    assert "debias mug, cup" in report
+    mug, white, blue = (
+        prompt.encodings[prompt.last_word]
+        for prompt in PromptEncoder(clip)(["mug", "white mug", "blue mug"])
+    )
+    wanted = mug + 0.4 * (blue - white)
+    old, new = weights_of(model), weights_of(edited)
+    for key in old:
+        torch.testing.assert_close(new[key] @ mug, old[key] @ wanted, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"measured": "0.9; 0.1"}, "measured: expected numbers separated by commas"),
+        ({"measured": "0.9"}, "2 measured shares"),
+        ({"measured": "0.5, 0.5"}, "shares of 'mug' are the wanted ones"),
+        ({"concepts": " "}, "at least one concept to debias"),
+        ({"attributes": "white {}"}, "at least two attributes"),
+    ],
+)
+def test_debiasing_that_cannot_be_meant_is_refused(worlds, changes, message):
+    with pytest.raises(ValueError, match=message):
+        debias(worlds.model("small"), worlds.clip("sd1"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "message"),
+    [
+        ("", "at least one phrase to erase"),
+        ("cat -> Cat", "target 'cat' is equal to its anchor"),
+        ("red dog house -> thing", "contains the preserved phrase 'red dog'"),
+    ],
+)
+def test_erasing_that_contradicts_itself_is_refused(worlds, concepts, message):
+    clip = worlds.clip("sd1")
+    (kept,) = PerfusionPreserve.execute(clip, "red dog", 1.0).args
+    with pytest.raises(ValueError, match=message):
+        erase(worlds.model("small"), clip, concepts, preserve=kept)
+
+
+def test_the_clip_of_another_family_is_refused_before_anything_is_encoded(worlds):
+    with pytest.raises(UnsupportedModelError, match="loaded together with the model"):
+        assume(worlds.model("small"), worlds.clip("sd2"))
+
+
+def test_a_layer_that_is_not_finite_is_named(worlds):
+    model = worlds.new_model("small", seed=5)
+    layer = cross_attentions(model.model)[1]
+    with torch.no_grad():
+        layer.to_v.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=rf"{re.escape(layer.name)}\.to_v: .*finite weights"):
+        assume(model, worlds.clip("sd1"))
+
+
+def test_a_model_without_edits_or_a_prefix_outside_the_folder_is_not_saved(worlds, loras):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    with pytest.raises(ValueError, match="carries no edit"):
+        PerfusionSaveEdit.execute(model, "edit", 0, "fp16")
+    with pytest.raises(ValueError, match="carries no edit"):
+        PerfusionSaveEdit.execute(assume(model, clip, strength=0.0)[0], "edit", 0, "fp16")
+    with pytest.raises(ValueError, match="expected a name inside"):
+        PerfusionSaveEdit.execute(assume(model, clip)[0], "../edit", 0, "fp16")
+    assert not any(loras.iterdir())
+
+
+def test_nothing_to_preserve_is_refused(worlds):
+    with pytest.raises(ValueError, match="prompts or statistics to preserve"):
+        PerfusionPreserve.execute(worlds.clip("sd1"), " \n", 1.0)
