@@ -84,7 +84,7 @@ def test_the_older_order_of_arguments_means_the_same_as_the_named_ones():
     named = Rank1EditModule(linear, C=covariance_matrix(), is_key_proj=True)
     expected = named(text_enc, concept_indices=places, text_enc_with_superclass=superclass)
     torch.testing.assert_close(older(text_enc, superclass, places), expected)
-    with pytest.raises(TypeError, match="concept_indices=.*text_enc_with_superclass="):
+    with pytest.raises(TypeError, match=r"concept_indices=.*text_enc_with_superclass="):
         older(text_enc, superclass)
 
 
