@@ -96,6 +96,7 @@ class ConceptInputs(nn.Module):
         # Set where an optimiser says when a step is over; else another encoding says so.
         self.steps_with_optimizer = False
         self.prompts = Prompts()
+        self._recent = Prompts()
         self._following: dict[int, _Following] = {}
         self._bases: dict[tuple[tuple[int, ...], bool], Basis] = {}
         self._latest: tuple[Any, ...] | None = None
@@ -233,6 +234,25 @@ class ConceptInputs(nn.Module):
             yield
         finally:
             self.prompts = former
+            self._recent = Prompts(concept_indices, None, concept_id)
+
+    def prompts_for(self, encodings: Tensor) -> Prompts:
+        """What `given` says, or said of these very encodings of the present step.
+
+        Gradient checkpointing runs a layer's forward again when the context is long closed.
+        """
+        recent = self._recent
+        places = recent.concept_indices
+        if self.prompts.concept_indices is not None or places is None or not self.training:
+            return self.prompts
+        concept = recent.concept_id if isinstance(recent.concept_id, int) else 0
+        step = self._following.get(concept)
+        if step is None or encodings.ndim != 3 or len(places) != len(encodings):
+            return self.prompts
+        if int(places.max()) >= encodings.shape[1]:
+            return self.prompts
+        same = torch.equal(mean_at(encodings, places).to(self.i), step.newest.to(self.i))
+        return recent if same else self.prompts
 
     def forget(self) -> None:
         """Drop what was computed from the buffers; call it after changing them by hand."""
@@ -291,6 +311,12 @@ class ConceptInputs(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be copied; what it guards is quickly made again.
         return {**self.__dict__, "_bases": {}, "_latest": None}
+
+
+def mean_at(encodings: Tensor, places: Tensor) -> Tensor:
+    """Mean (D,) over prompts of the encodings (B, N, D) at each one's place (B,); no gradient."""
+    rows = torch.arange(len(places), device=encodings.device)
+    return encodings.detach()[rows, places.to(encodings.device)].float().mean(0)
 
 
 def merge_inputs(*inputs: ConceptInputs) -> ConceptInputs:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .concept_inputs import ConceptInputs, merge_inputs
+from .concept_inputs import ConceptInputs, mean_at, merge_inputs
 from .covariance import Covariance
 from .rank_one import project
 
@@ -125,7 +125,7 @@ class Rank1EditModule(nn.Module):
                     "expected forward(text_enc, concept_indices=..., text_enc_with_superclass=...)"
                 )
             text_enc_with_superclass, concept_indices = older
-        given = self.inputs.prompts
+        given = self.inputs.prompts_for(text_enc)
         if concept_indices is None:
             concept_indices = given.concept_indices
         if text_enc_with_superclass is None:
@@ -204,12 +204,8 @@ class Rank1EditModule(nn.Module):
                 f"text_enc, found {tuple(superclass.shape)}"
             )
         places = _checked_places(concept_indices, text_enc)
-        rows = torch.arange(len(places), device=places.device)
-        encoding = text_enc.detach()[rows, places].float().mean(0)
-        superclass_encoding = None
-        if superclass is not None:
-            superclass_encoding = superclass.detach()[rows, places].float().mean(0)
-        self.inputs.follow(ids[0], encoding, superclass_encoding)
+        superclass_encoding = None if superclass is None else mean_at(superclass, places)
+        self.inputs.follow(ids[0], mean_at(text_enc, places), superclass_encoding)
         if self.concept_outputs is not None and not bool(self.outputs_started[ids[0]]):
             start = self._projected(self.inputs.superclass_encoding[list(ids)])
             self.set_outputs(ids[0], start[0])
