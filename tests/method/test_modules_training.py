@@ -187,7 +187,7 @@ def test_training_converges_to_what_no_word_could_say_and_leaves_other_words_alo
     thing = colours(THING, len(PROMPTS))
     error = (setting.painted(PROMPTS) - thing).square().mean()
     word = (colours(COLOURS["cat"], len(PROMPTS)) - thing).square().mean()
-    assert float(error) < 0.1 * float(word)
+    assert float(error) < 0.15 * float(word)
     dog_error = (setting.painted(dogs) - colours(COLOURS["dog"], len(dogs))).square().mean()
     assert float(dog_error) < 0.2 * float(word)
 
