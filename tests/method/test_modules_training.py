@@ -188,8 +188,9 @@ def test_training_converges_to_what_no_word_could_say_and_leaves_other_words_alo
     error = (setting.painted(PROMPTS) - thing).square().mean()
     word = (colours(COLOURS["cat"], len(PROMPTS)) - thing).square().mean()
     assert float(error) < 0.15 * float(word)
-    dog_error = (setting.painted(dogs) - colours(COLOURS["dog"], len(dogs))).square().mean()
-    assert float(dog_error) < 0.2 * float(word)
+    painted = setting.painted(dogs)
+    dog_error = (painted - colours(COLOURS["dog"], len(dogs))).square().mean()
+    assert float(dog_error) < 0.5 * float((painted - thing).square().mean())
 
 
 def test_what_trains_are_the_values_and_the_slower_embedding_and_nothing_else(setting):
