@@ -50,7 +50,7 @@ BASE = {
         full_length_share=0.0,
     ),
     "base_words": BaseConfig(
-        steps=3600,
+        steps=2600,
         batch=96,
         chunks=16,
         seed=2,
