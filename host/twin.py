@@ -24,70 +24,14 @@ ENCODE = "encode_token_weights"
 """The method of ComfyUI's text models that is replaced on a clone."""
 
 # Functions that treat every token alike, under the name they have both in torch and on tensors.
-_TOKENWISE = frozenset(
-    [
-        "add",
-        "add_",
-        "sub",
-        "sub_",
-        "rsub",
-        "mul",
-        "mul_",
-        "div",
-        "div_",
-        "true_divide",
-        "neg",
-        "lerp",
-        "lerp_",
-        "where",
-        "__add__",
-        "__radd__",
-        "__iadd__",
-        "__sub__",
-        "__rsub__",
-        "__isub__",
-        "__mul__",
-        "__rmul__",
-        "__imul__",
-        "__truediv__",
-        "__itruediv__",
-        "__neg__",
-        "cat",
-        "concat",
-        "stack",
-        "__getitem__",
-        "__setitem__",
-        "narrow",
-        "index_select",
-        "select",
-        "split",
-        "chunk",
-        "tensor_split",
-        "repeat",
-        "expand",
-        "expand_as",
-        "repeat_interleave",
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "flatten",
-        "contiguous",
-        "to",
-        "cpu",
-        "cuda",
-        "type",
-        "float",
-        "half",
-        "bfloat16",
-        "double",
-        "clone",
-        "detach",
-        "__deepcopy__",
-        "zeros_like",
-        "pad",
-    ]
-)
+_NAMES = """
+add add_ sub sub_ rsub mul mul_ div div_ true_divide neg lerp lerp_ where
+__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__
+__itruediv__ __neg__ cat concat stack __getitem__ __setitem__ narrow index_select select split
+chunk tensor_split repeat expand expand_as repeat_interleave view reshape unsqueeze squeeze flatten
+contiguous to cpu cuda type float half bfloat16 double clone detach __deepcopy__ zeros_like pad
+"""
+_TOKENWISE = frozenset(_NAMES.split())
 
 
 class TwinEncoding(Tensor):

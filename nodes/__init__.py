@@ -18,12 +18,14 @@ from .editing import (
     PerfusionPreserve,
     PerfusionSaveEdit,
 )
+from .schedule import PerfusionScheduleGate
 from .training import PerfusionCovariance, PerfusionTrainConcept
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     PerfusionApplyConcepts,
     PerfusionLoadConcept,
     PerfusionSetGate,
+    PerfusionScheduleGate,
     PerfusionSaveConcept,
     PerfusionTrainConcept,
     PerfusionCovariance,

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..host.apply import apply_concepts
+from ..host.apply import KEY_LOCKS, KeyLock, apply_concepts
 from ..host.concept_files import concept_names, fingerprint, read_concept, write_concept
 from ..perfusion.concept import Concept
 from .kinds import ConceptKind
@@ -126,6 +126,16 @@ class PerfusionApplyConcepts(io.ComfyNode):
                     template=concepts,
                     tooltip="The concepts to use together; a new socket appears for each.",
                 ),
+                io.Combo.Input(
+                    "key_lock",
+                    options=list(KEY_LOCKS),
+                    default=KEY_LOCKS[0],
+                    optional=True,
+                    tooltip="Where things stand in the picture is decided, local: by the concept's "
+                    "own word as its everyday word would; global: by the whole prompt with the "
+                    "everyday words in the placeholders' places. Global follows the prompt more "
+                    "closely and wants a lower bias, 0.40 to 0.60.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the concepts."),
@@ -138,11 +148,15 @@ class PerfusionApplyConcepts(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, concepts: dict[str, Concept | None] | None = None
+        cls,
+        model: Any,
+        clip: Any,
+        concepts: dict[str, Concept | None] | None = None,
+        key_lock: KeyLock = "local",
     ) -> io.NodeOutput:
         """MODEL, CLIP."""
         chosen = [concept for concept in (concepts or {}).values() if concept is not None]
-        return io.NodeOutput(*apply_concepts(model, clip, chosen))
+        return io.NodeOutput(*apply_concepts(model, clip, chosen, key_lock))
 
 
 class PerfusionSaveConcept(io.ComfyNode):

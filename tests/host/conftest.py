@@ -14,7 +14,16 @@ import comfy.supported_models as supported  # noqa: E402
 import comfy.text_encoders.sd2_clip as sd2_clip  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from comfy import model_base, model_patcher, sd, sd1_clip, sdxl_clip  # noqa: E402
+from comfy import (  # noqa: E402
+    controlnet,
+    model_base,
+    model_patcher,
+    ops,
+    sd,
+    sd1_clip,
+    sdxl_clip,
+)
+from comfy.cldm.cldm import ControlNet as ControlNetwork  # noqa: E402
 from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
 from comfyui_perfusion.host.families import cross_attentions, family_of  # noqa: E402
@@ -44,6 +53,13 @@ DEEP = {
     "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
     "transformer_depth_middle": 1,
 }
+LIGHT = {
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+}
 STRUCTURES = {
     "sd1": {**UNET, **DEEP, "context_dim": 768, "use_linear_in_transformer": False},
     # SD1.x without its coarser grids, for what a compiler would take minutes over.
@@ -70,6 +86,22 @@ STRUCTURES = {
         "num_classes": "sequential",
         "use_linear_in_transformer": True,
     },
+    # SD2 and SDXL with a few layers, for what is asked of many combinations.
+    "sd2_light": {
+        **UNET,
+        **LIGHT,
+        "context_dim": 1024,
+        "use_linear_in_transformer": True,
+    },
+    "sdxl_light": {
+        **UNET,
+        **LIGHT,
+        "context_dim": 2048,
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+        "use_linear_in_transformer": True,
+    },
+    "sd1_light": {**UNET, **LIGHT, "context_dim": 768, "use_linear_in_transformer": False},
     "sdxl_refiner": {
         **UNET,
         **DEEP,
@@ -85,12 +117,24 @@ STRUCTURES = {
 CONFIGS = {
     "sd1": supported.SD15,
     "small": supported.SD15,
+    "sd1_light": supported.SD15,
+    "sd2_light": supported.SD20,
+    "sdxl_light": supported.SDXL,
     "sd2": supported.SD20,
     "sdxl": supported.SDXL,
     "sdxl_refiner": supported.SDXLRefiner,
 }
 # As published 320 (refiner 384); heads of 64 channels need at least 64 where there is attention.
-CHANNELS = {"sd1": 32, "small": 32, "sd2": 64, "sdxl": 32, "sdxl_refiner": 32}
+CHANNELS = {
+    "sd1": 32,
+    "small": 32,
+    "sd1_light": 32,
+    "sd2": 64,
+    "sd2_light": 64,
+    "sdxl": 32,
+    "sdxl_light": 64,
+    "sdxl_refiner": 32,
+}
 TEXT = {
     "sd1": (sd1_clip.SD1Tokenizer, sd1_clip.SD1ClipModel),
     "sd2": (sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel),
@@ -126,12 +170,13 @@ def build_base_model(
     """A ComfyUI BaseModel of a family, with few channels unless told otherwise."""
     config = CONFIGS[family]({**STRUCTURES[family], "model_channels": channels or CHANNELS[family]})
     config.set_inference_dtype(torch.float32, None)
-    if family == "sdxl":
+    if family in ("sdxl", "sdxl_light"):
         kind = model_type or model_base.ModelType.EPS
         return model_base.SDXL(config, kind, device=torch.device(device))
     if family == "sdxl_refiner":
         return model_base.SDXLRefiner(config, device=torch.device(device))
-    default = {"sd2": model_base.ModelType.V_PREDICTION}.get(family, model_base.ModelType.EPS)
+    v_prediction = family in ("sd2", "sd2_light")
+    default = model_base.ModelType.V_PREDICTION if v_prediction else model_base.ModelType.EPS
     return model_base.BaseModel(config, model_type or default, device=torch.device(device))
 
 
@@ -249,21 +294,36 @@ def _edited(weight, directions, outputs, encodings):
     return edit_projection(weight, encodings, directions, torch.stack(outputs))
 
 
+def encode(clip: sd.CLIP, prompt: str) -> list:
+    """What ComfyUI's CLIPTextEncode makes of a prompt."""
+    with torch.inference_mode():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+
 def sample(
     model: model_patcher.ModelPatcher, clip: sd.CLIP, prompt: str, steps: int = 2
 ) -> torch.Tensor:
     """Latents sampled the way KSampler does it, guidance included."""
+    return sample_conds(model, encode(clip, prompt), encode(clip, ""), steps)
+
+
+def sample_conds(
+    model: model_patcher.ModelPatcher,
+    positive: list,
+    negative: list,
+    steps: int = 2,
+    cfg: float = 2.0,
+    batch: int = 1,
+) -> torch.Tensor:
+    """Latents of conditionings; the noise is that of the seed 0."""
     with torch.inference_mode():
-        positive, negative = (
-            clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")
-        )
-        latent = torch.zeros(1, 4, 8, 8)
+        latent = torch.zeros(batch, 4, 8, 8)
         noise = comfy.sample.prepare_noise(latent, 0)
         return comfy.sample.sample(
             model,
             noise,
             steps,
-            2.0,
+            cfg,
             "euler",
             "normal",
             positive,
@@ -272,6 +332,33 @@ def sample(
             disable_pbar=True,
             seed=0,
         )
+
+
+def build_controlnet(family: str, seed: int) -> controlnet.ControlNet:
+    """A ControlNet of a family's structure with random weights."""
+    config = {
+        key: value
+        for key, value in model_config(family).items()
+        if key not in ("image_size", "out_channels", "transformer_depth_output")
+        and not key.startswith("use_temporal")
+    }
+    config["adm_in_channels"] = STRUCTURES[family]["adm_in_channels"]
+    network = ControlNetwork(
+        image_size=32,
+        hint_channels=3,
+        num_heads=-1,
+        num_head_channels=32,
+        device=CPU,
+        operations=ops.disable_weight_init,
+        **config,
+    )
+    randomise(network, seed)
+    return controlnet.ControlNet(network, load_device=CPU)
+
+
+def model_config(family: str) -> dict:
+    """The UNet settings of a family, with few channels."""
+    return {**STRUCTURES[family], "model_channels": CHANNELS[family]}
 
 
 def state_of(patcher: model_patcher.ModelPatcher) -> dict[str, torch.Tensor]:
@@ -298,6 +385,9 @@ class Worlds:
     with_lora = staticmethod(with_lora)
     pure = staticmethod(pure_model)
     sample = staticmethod(sample)
+    encode = staticmethod(encode)
+    sample_conds = staticmethod(sample_conds)
+    controlnet = staticmethod(build_controlnet)
     state = staticmethod(state_of)
     same = staticmethod(same_state)
     base_model = staticmethod(build_base_model)
@@ -314,6 +404,7 @@ class Worlds:
         return self._models[family].clone()
 
     def clip(self, family: str) -> sd.CLIP:
+        family = family.removesuffix("_light")
         if family not in self._clips:
             self._clips[family] = build_clip(family)
         return self._clips[family].clone()

@@ -12,7 +12,17 @@ from dev.client import Client
 INPUTS = {
     "PerfusionLoadConcept": ["concept_name"],
     "PerfusionSetGate": ["concept", "bias", "temperature", "strength"],
-    "PerfusionApplyConcepts": ["model", "clip", "concepts"],
+    "PerfusionScheduleGate": [
+        "concept",
+        "start_percent",
+        "end_percent",
+        "bias_start",
+        "bias_end",
+        "temperature_start",
+        "temperature_end",
+        "blocks",
+    ],
+    "PerfusionApplyConcepts": ["model", "clip", "concepts", "key_lock"],
     "PerfusionTrainConcept": [
         "model",
         "clip",
@@ -36,6 +46,7 @@ INPUTS = {
 OUTPUTS = {
     "PerfusionLoadConcept": ["PERFUSION_CONCEPT"],
     "PerfusionSetGate": ["PERFUSION_CONCEPT"],
+    "PerfusionScheduleGate": ["PERFUSION_CONCEPT"],
     "PerfusionApplyConcepts": ["MODEL", "CLIP"],
     "PerfusionTrainConcept": ["PERFUSION_CONCEPT", "LOSS_MAP"],
     "PerfusionSaveConcept": ["PERFUSION_CONCEPT"],
