@@ -29,12 +29,15 @@ def edit_assumption(
     source: str,
     destination: str,
     augment: bool,
+    carry: float,
+    with_padding: bool,
     settings: EditSettings,
     preserved: Preserved | None,
 ) -> tuple[Any, str]:
     """TIME's edit: a MODEL for which the source says what the destination says, and the report."""
     check_pair(model, clip)
-    constraints = time_constraints(PromptEncoder(clip), source, destination, augment)
+    encode = PromptEncoder(clip)
+    constraints = time_constraints(encode, source, destination, augment, carry, with_padding)
     return _apply(model, constraints, settings, f"{source} -> {destination}", preserved)
 
 

@@ -128,6 +128,23 @@ class PerfusionEditAssumption(io.ComfyNode):
                     tooltip="Edit it behind 'A photo of', 'An image of' and 'A picture of' too.",
                 ),
                 *_solving(TIME_RIDGE),
+                io.Float.Input(
+                    "carry",
+                    default=0.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much of an added word's own meaning the word beside it takes on. "
+                    "0 is the paper's method; about 0.5 helps where its edits change too little.",
+                ),
+                io.Boolean.Input(
+                    "with_padding",
+                    default=True,
+                    optional=True,
+                    tooltip="Match what follows the words too, as the paper does. Off: edit the "
+                    "words only, which touches the rest of the model much less.",
+                ),
             ],
             outputs=_outputs(),
         )
@@ -146,12 +163,13 @@ class PerfusionEditAssumption(io.ComfyNode):
         layers: str,
         restart: bool,
         preserve: Preserved | None = None,
+        carry: float = 0.0,
+        with_padding: bool = True,
     ) -> io.NodeOutput:
         """MODEL, STRING; the report as text on the node."""
         settings = EditSettings(ridge, strength, with_to_k, layers, restart)
-        return _edited(
-            edit_assumption(model, clip, source, destination, augment, settings, preserve)
-        )
+        edit = source, destination, augment, carry, with_padding
+        return _edited(edit_assumption(model, clip, *edit, settings, preserve))
 
 
 class PerfusionEraseConcepts(io.ComfyNode):
@@ -239,10 +257,10 @@ class PerfusionDebias(io.ComfyNode):
                 ),
                 io.String.Input(
                     "attributes",
-                    default="white {}\nblue {}",
+                    default="white\nblue",
                     multiline=True,
-                    tooltip="What the pictures can show, one a line, two or more; {} stands for "
-                    "the concept.",
+                    tooltip="Words for what the pictures can show, one a line, two or more; {} "
+                    "stands for the concept, as in: female {}.",
                 ),
                 io.String.Input(
                     "measured",

@@ -2,6 +2,11 @@
 
 "A pack of roses" shall mean what "a pack of blue roses" means: every token of the source gets the
 keys and values that its counterpart has in the destination.
+
+That rests on a text encoder that lets later words know of earlier ones: the added word itself has
+no counterpart, its meaning must have reached the words behind it. Where it does not (small
+encoders, colours), ``carry`` (ours) gives the neighbouring word a part of the added word's own
+encoding, as UCE adds attributes to a concept.
 """
 
 from __future__ import annotations
@@ -16,9 +21,18 @@ AUGMENTATIONS = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
 
 
 def time_constraints(
-    encode: Encoder, source: str, destination: str, augment: bool = True
+    encode: Encoder,
+    source: str,
+    destination: str,
+    augment: bool = True,
+    carry: float = 0.0,
+    with_padding: bool = True,
 ) -> Constraints:
     """The constraints of one edit; solve them with ``RIDGE`` and no prior for the paper's edit.
+
+    ``carry`` (0 in the paper): how much of an added word's encoding the word behind it takes on,
+    or the word before it at the end of the prompt. ``with_padding`` (True in the paper): match end
+    and padding too, not only the words.
 
     Raises:
         ValueError: for an empty or equal prompt, and for a source word that the destination lacks.
@@ -36,8 +50,29 @@ def time_constraints(
             "nothing to edit; add to the destination what the model shall assume"
         )
     pairs = zip(encoded[::2], encoded[1::2], strict=True)
-    return Constraints.join([_matched(before, after) for before, after in pairs])
+    return Constraints.join([_matched(*pair, carry, with_padding) for pair in pairs])
 
 
-def _matched(source: EncodedPrompt, destination: EncodedPrompt) -> Constraints:
-    return Constraints(source.encodings, destination.encodings[match_in_order(source, destination)])
+def _matched(
+    source: EncodedPrompt, destination: EncodedPrompt, carry: float, with_padding: bool
+) -> Constraints:
+    matched = match_in_order(source, destination)
+    targets = destination.encodings[matched]
+    if carry:
+        for at, position in _added(source, destination, matched):
+            targets[at] += carry * destination.encodings[position]
+    count = None if with_padding else source.end
+    return Constraints(source.encodings[:count], targets[:count])
+
+
+def _added(
+    source: EncodedPrompt, destination: EncodedPrompt, matched: list[int]
+) -> list[tuple[int, int]]:
+    # For every added word of the destination, the source position that takes it on.
+    words = matched[source.first : source.end]
+    found = []
+    for position in range(destination.first, destination.end):
+        if position not in words:
+            behind = sum(word < position for word in words)
+            found.append((source.first + min(behind, len(words) - 1), position))
+    return found

@@ -210,6 +210,18 @@ def test_values_alone_and_chosen_layers_alone_can_be_edited(worlds):
         assume(model, clip, layers="up_blocks")
 
 
+def test_words_alone_can_be_edited_and_take_on_the_added_word(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    edited, report = assume(model, clip, carry=0.5, with_padding=False, ridge=1e-3)
+    assert "constraints: 3, of which 1 " in report
+    source, destination = PromptEncoder(clip)(["a cat", "a red cat"])
+    wanted = destination.encodings[3] + 0.5 * destination.encodings[2]
+    old, new = weights_of(model), weights_of(edited)
+    for key in old:
+        found = new[key] @ source.encodings[2]
+        torch.testing.assert_close(found, old[key] @ wanted, rtol=1e-2, atol=1e-3)
+
+
 def test_half_precision_models_are_edited_within_their_precision(worlds):
     model, clip = worlds.new_model("small", seed=4), worlds.clip("sd1")
     wanted = weights_of(assume(model, clip)[0])

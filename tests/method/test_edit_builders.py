@@ -90,6 +90,25 @@ def test_time_asks_for_every_token_in_every_prompt(toy):
     assert single.moved.tolist() == [False, False, *[True] * 10]
 
 
+def test_the_added_words_may_be_carried_over_to_the_word_beside_them(toy):
+    plain, carried = (
+        time_constraints(toy, "a cat here", "a big red cat here now", False, carry)
+        for carry in (0.0, 0.5)
+    )
+    after = toy.prompt("a big red cat here now").encodings
+    difference = carried.targets - plain.targets
+    assert difference.any(1).nonzero().flatten().tolist() == [2, 3]
+    torch.testing.assert_close(difference[2], 0.5 * (after[2] + after[3]))
+    torch.testing.assert_close(difference[3], 0.5 * after[6])
+
+
+def test_the_padding_may_be_left_out(toy):
+    found = time_constraints(toy, "a cat", "a red cat", augment=False, with_padding=False)
+    assert len(found) == 3
+    whole = time_constraints(toy, "a cat", "a red cat", augment=False)
+    assert torch.equal(found.targets, whole.targets[:3])
+
+
 @pytest.mark.parametrize(
     ("source", "destination", "message"),
     [
