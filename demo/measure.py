@@ -62,11 +62,9 @@ PROMPTS = (
     ("a sketch of a {} on the beach", "beach", "sketch"),
     ("a sketch of a {} in the forest", "forest", "sketch"),
 )
-PAIR_PROMPTS = (
-    "a photo of a {} on the left and a {} on the right",
-    "a photo of a {} on the left and a {} on the right on the beach",
-    "a photo of a {} on the left and a {} on the right in the desert",
-    "a photo of a {} on the left and a {} on the right in the snow",
+PAIR_PROMPTS = tuple(
+    "on the left a {} and on the right a {} " + scene
+    for scene in ("on the beach", "in the desert", "in the snow", "in the city")
 )
 
 
