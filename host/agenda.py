@@ -87,9 +87,10 @@ class Clock:
 
     def __init__(self, sampling: Any) -> None:
         self._sampling = sampling
-        points = torch.arange(1, _POINTS) / _POINTS
-        # Falls from the noise's to the picture's end.
-        self._sigmas = torch.tensor([float(sampling.percent_to_sigma(float(p))) for p in points])
+        # ComfyUI puts the very ends outside of the schedule.
+        self._points = torch.linspace(0, 1, _POINTS + 1, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        # They fall from the noise's to the picture's end.
+        self._sigmas = torch.tensor([self._sigma(float(point)) for point in self._points])
 
     def acting(self, concepts: Sequence[Concept], sigma: float) -> set[int]:
         """The concepts whose range holds a noise level, as ComfyUI's timestep ranges hold it."""
@@ -102,7 +103,12 @@ class Clock:
 
     def progress(self, sigma: float) -> float:
         """The part of the sampling done, 0 to 1."""
-        return float((self._sigmas > sigma).sum()) / (_POINTS - 1)
+        after = int((self._sigmas > sigma).sum())
+        if not 0 < after < len(self._points):
+            return 0.0 if after == 0 else 1.0
+        higher, lower = self._sigmas[after - 1 : after + 1].tolist()
+        start, end = self._points[after - 1 : after + 1].tolist()
+        return start + (end - start) * (higher - sigma) / (higher - lower)
 
     def _sigma(self, percent: float) -> float:
         return float(self._sampling.percent_to_sigma(percent))

@@ -63,7 +63,7 @@ class SharedInputs:
         self.group = group
         self.acting: Acting = group
         self._agenda = agenda
-        self.basis: Basis | None = agenda.basis(group) if group else None
+        self.basis: Basis | None = None
         self._bases: dict[Acting, Basis] = {}
         self.encodings: Tensor | None = None
         self.keys: Tensor | None = None
@@ -73,7 +73,8 @@ class SharedInputs:
     def of(self, encodings: Tensor) -> tuple[Tensor, Tensor]:
         """x' (B, N, D) and gates (B, N, k) of encodings (B, N, D), both in their dtype."""
         if self.encodings is not encodings or self.inputs is None or self.gates is None:
-            assert self.basis is not None
+            if self.basis is None:
+                self.basis = self._agenda.basis(self.acting)
             self.inputs, gates = gated_inputs(encodings, self.basis)
             self.gates = gates.to(encodings.dtype)
             self.encodings = encodings
