@@ -46,8 +46,10 @@ def inputs_only(prompt: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_there_are_three_templates() -> None:
-    assert [name.split(" ")[0] for name in TEMPLATES] == ["1", "2", "3"]
+def test_the_templates_are_numbered_and_all_of_them_are_laid_out() -> None:
+    layouts = json.loads((ROOT / "dev" / "templates.json").read_text(encoding="utf-8"))
+    assert sorted(layouts) == TEMPLATES
+    assert all(name.split(" ")[0].isdigit() for name in TEMPLATES)
 
 
 def test_the_interface_opens_with_the_pack_and_without_complaints(
