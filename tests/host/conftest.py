@@ -277,7 +277,7 @@ def pure_model(
     for layer in cross_attentions(base):
         for part, module in (("to_k", layer.to_k), ("to_v", layer.to_v)):
             key = f"diffusion_model.{layer.name}.{part}"
-            weight = module.weight.detach().clone()
+            weight = module.weight.detach().to(torch.float32, copy=True)
             if lora is not None:
                 weight += lora[f"{key}.lora_up.weight"] @ lora[f"{key}.lora_down.weight"]
             outputs = [
