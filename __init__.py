@@ -1,11 +1,12 @@
 """Perfusion for ComfyUI: key-locked, gated rank-one editing of cross-attention."""
 
-from .host.concept_files import register_folder
+from .host import concept_files, covariance
 from .nodes import PerfusionExtension
 
 WEB_DIRECTORY = "./web"
 
-register_folder()
+concept_files.register_folder()
+covariance.register_folder()
 
 
 async def comfy_entrypoint() -> PerfusionExtension:

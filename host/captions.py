@@ -7,8 +7,13 @@ what they look like, what they do, where and in which style, in many combination
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
-COUNT = 1500
+COUNT = 2000
+"""How many are used unless told otherwise. The paper's authors used 100,000 captions of pictures;
+for the ridge that the solve has, a few thousand suffice."""
+GRAMMAR = "everyday 2"
+"""Name of this grammar in the keys of what is kept on disk; changes when the grammar does."""
 
 
 def _words(text: str) -> list[str]:
@@ -33,7 +38,27 @@ _SUBJECTS = _words(
     "backpack suitcase watch ring necklace key coin flower rose tulip sunflower tree oak pine "
     "palm leaf mushroom cactus apple orange banana lemon pear grape strawberry tomato carrot "
     "onion potato bread cake cookie pizza sandwich salad soup cheese egg coffee tea statue "
-    "fountain painting poster map flag"
+    "fountain painting poster map flag "
+    "astronaut wizard knight king queen princess pirate clown robot ghost dragon unicorn dinosaur "
+    "monster angel grandmother grandfather neighbour friend stranger worker mechanic carpenter "
+    "gardener baker waiter judge photographer writer singer athlete swimmer runner wrestler "
+    "hamster hedgehog otter beaver seal penguin flamingo peacock pigeon seagull swallow sparrow "
+    "lizard crocodile octopus jellyfish starfish crab lobster shark camel llama donkey koala panda "
+    "kangaroo moose bison buffalo leopard cheetah hippo rhino ant snail ladybug dragonfly moth "
+    "scooter skateboard ambulance helmet engine wheel carriage submarine ferry yacht raft "
+    "spaceship "
+    "crane bulldozer windmill temple mosque palace cabin garage greenhouse stable well gate wall "
+    "staircase chimney balcony tunnel harbour dock playground fence roof window door desk shelf "
+    "drawer carpet curtain pillow blanket towel soap toothbrush comb kettle pan pot oven fridge "
+    "sink bathtub ladder hammer saw screwdriver nail rope chain bucket shovel broom needle thread "
+    "button scissors pencil brush pen envelope stamp puzzle dice chess card trophy medal crown "
+    "sword shield bow arrow cannon anchor compass telescope microscope lantern torch match pipe "
+    "glasses glove sock jacket sweater skirt tie belt pyjama costume mask wig bracelet earring "
+    "diamond pearl stone crystal shell feather bone skull egg nest hive web cloud rainbow star "
+    "planet comet volcano waterfall iceberg cave island meadow swamp cliff valley dune pond "
+    "burger hotdog noodle pancake waffle chocolate candy icecream donut pie muffin croissant "
+    "pepper cucumber pumpkin corn garlic cherry peach plum melon pineapple coconut mango almond "
+    "walnut honey butter milk juice wine beer sushi rice steak sausage pasta bean"
 )
 _LOOKS = _words(
     "red blue green yellow orange purple pink brown black white gray golden silver small big tiny "
@@ -66,10 +91,18 @@ _STYLES = _phrases(
 _COUNTS = ("two", "three", "several", "many")
 
 
-def everyday_captions(count: int = COUNT, seed: int = 0) -> list[str]:
-    """`count` captions, the same for the same seed."""
+def everyday_captions(count: int = COUNT, seed: int = 0) -> Iterator[str]:
+    """`count` different captions, the same ones for the same seed.
+
+    Fewer are the beginning of more. There are many millions of them.
+    """
     chance = random.Random(seed)
-    return [_caption(chance) for _ in range(count)]
+    seen: set[str] = set()
+    while len(seen) < count:
+        caption = _caption(chance)
+        if caption not in seen:
+            seen.add(caption)
+            yield caption
 
 
 def _caption(chance: random.Random) -> str:

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 from torch import Tensor
 
-from ..perfusion.covariance import Covariance
+from ..perfusion.covariance import Covariance, Positions
 from ..perfusion.training import TrainingResult, train_concept
 from ..perfusion.training_config import TrainingConfig
+from .caption_sources import CaptionSource, built_in
 from .concept_files import write_interrupted
-from .covariance import measure_covariance
+from .covariance import covariance_of
 from .training_images import check_images
 from .training_view import check_training, training_view
 
 logger = logging.getLogger("perfusion")
 
 
-def covariance_with_progress(clip: Any, captions: Sequence[str]) -> Covariance:
-    """`measure_covariance` with a progress bar, interruptible after every batch."""
-    progress = comfy.utils.ProgressBar(len(captions))
+def covariance_with_progress(
+    clip: Any, source: CaptionSource, positions: Positions = "words"
+) -> Covariance:
+    """`covariance_of` with a progress bar, interruptible after every batch."""
+    progress = comfy.utils.ProgressBar(source.count)
 
     def on_progress(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress.update_absolute(done, total)
 
-    return measure_covariance(clip, captions, on_progress)
+    return covariance_of(clip, source, on_progress, positions)
 
 
 def train(
@@ -40,11 +42,12 @@ def train(
     mask: Tensor | None,
     covariance: Covariance | None,
     config: TrainingConfig,
-    captions: Sequence[str] = (),
+    source: CaptionSource | None = None,
 ) -> TrainingResult:
     """Train a concept with a progress bar; the models are afterwards what they were before.
 
-    Without a covariance, one is measured on `captions` first. May be interrupted at every step.
+    Without a covariance, that of `source` (by default the built-in captions) is found on disk or
+    measured first. May be interrupted at every step.
     What was learned until then is saved beside the concepts, and so it is when training fails
     half-way.
 
@@ -56,7 +59,7 @@ def train(
     check_training(model, clip, *words)
     check_images(images)
     if covariance is None:
-        covariance = covariance_with_progress(clip, captions)
+        covariance = covariance_with_progress(clip, source or built_in())
     progress = comfy.utils.ProgressBar(config.steps)
 
     def on_step(step: int, loss: float) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..demo.captions import sample_captions
-from ..host.captions import everyday_captions
+from ..host.caption_sources import CaptionSource, built_in, of_file, of_list, of_text
+from ..host.captions import COUNT
+from ..host.covariance import describe
 from ..host.families import family_of_clip
 from ..host.train import covariance_with_progress, train
-from ..perfusion.covariance import Covariance
+from ..perfusion.covariance import Covariance, Positions
 from ..perfusion.training_config import TrainingConfig
 from .kinds import ConceptKind, CovarianceKind, LossMapKind
 
@@ -93,7 +95,8 @@ class PerfusionTrainConcept(io.ComfyNode):
                     "covariance",
                     optional=True,
                     tooltip="Statistics of this text encoder from the Measure Covariance node. "
-                    "Without them they are measured first, on built-in captions.",
+                    "Without them those of the built-in captions are measured, or found when they "
+                    "were measured before.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -136,8 +139,8 @@ class PerfusionTrainConcept(io.ComfyNode):
             embedding_learning_rate=embedding_learning_rate,
             seed=seed,
         )
-        captions = default_captions(clip) if covariance is None else ()
-        result = train(model, clip, vae, images, mask, covariance, config, captions)
+        source = default_captions(clip) if covariance is None else None
+        result = train(model, clip, vae, images, mask, covariance, config, source)
         return io.NodeOutput(result.concept, {"loss": list(result.losses)})
 
 
@@ -152,7 +155,7 @@ class PerfusionCovariance(io.ComfyNode):
             display_name="Measure Covariance (Perfusion)",
             category=CATEGORY,
             description="Measures how a text encoder's outputs vary over captions; training needs "
-            "it once for each model.",
+            "it once for each model. The result is kept on disk and found again.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder to measure, as it will be used."),
                 io.String.Input(
@@ -160,25 +163,67 @@ class PerfusionCovariance(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip="Captions to measure on, one a line, a thousand or more. Empty: "
-                    "built-in ones.",
+                    "those of the file, or built-in ones.",
+                ),
+                io.String.Input(
+                    "captions_file",
+                    default="",
+                    optional=True,
+                    tooltip="A text file in ComfyUI's input folder with one caption a line, of any "
+                    "size. Only used when no captions are written above.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=COUNT,
+                    min=100,
+                    max=1_000_000,
+                    optional=True,
+                    tooltip="How many of the built-in captions. More is more exact and takes "
+                    "longer; the paper used 100,000.",
+                ),
+                io.Combo.Input(
+                    "positions",
+                    options=["words", "all"],
+                    default="words",
+                    optional=True,
+                    tooltip="Which tokens count. words: words and the end token. all: the start "
+                    "token and the padding too.",
                 ),
             ],
             outputs=[
                 CovarianceKind.Output(
                     display_name="covariance", tooltip="The statistics, for Train Concept."
-                )
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="How many captions and tokens, and the condition number.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, clip: Any, captions: str) -> io.NodeOutput:
-        """PERFUSION_COVARIANCE."""
-        lines = [line.strip() for line in captions.splitlines() if line.strip()]
-        return io.NodeOutput(covariance_with_progress(clip, lines or default_captions(clip)))
+    def execute(
+        cls,
+        clip: Any,
+        captions: str,
+        captions_file: str = "",
+        count: int = COUNT,
+        positions: Positions = "words",
+    ) -> io.NodeOutput:
+        """PERFUSION_COVARIANCE, STRING; the report as text on the node."""
+        if captions.strip():
+            source = of_text(captions)
+        elif captions_file.strip():
+            source = of_file(captions_file.strip())
+        else:
+            source = default_captions(clip, count)
+        covariance = covariance_with_progress(clip, source, positions)
+        report = describe(covariance)
+        return io.NodeOutput(covariance, report, ui=ui.PreviewText(report))
 
 
-def default_captions(clip: Any) -> list[str]:
+def default_captions(clip: Any, count: int = COUNT) -> CaptionSource:
     """Captions a text encoder knows the words of."""
     if family_of_clip(clip).name == "small_world":
-        return sample_captions(SMALL_WORLD_CAPTIONS)
-    return everyday_captions()
+        return of_list("small world 1", sample_captions(min(count, SMALL_WORLD_CAPTIONS)))
+    return built_in(count)

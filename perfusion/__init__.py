@@ -4,6 +4,7 @@ from .closed_form import Constraints, TextEdit, solve
 from .concept import Concept, ConceptFileError, load_concept, save_concept
 from .concept_inputs import ConceptInputs, merge_inputs
 from .covariance import Covariance, CovarianceAccumulator
+from .covariance_file import load_covariance, save_covariance
 from .embedding import EmbeddingReturn, EmbeddingWrapper, merge_embedding_wrappers
 from .finetuning import (
     calculate_input_covariance,
@@ -77,6 +78,7 @@ __all__ = [
     "get_finetune_optimizer",
     "get_finetune_parameters",
     "load_concept",
+    "load_covariance",
     "load_modules",
     "locked_outputs",
     "lora_tensors",
@@ -88,6 +90,7 @@ __all__ = [
     "open_gates",
     "project",
     "save_concept",
+    "save_covariance",
     "save_modules",
     "similarities",
     "solve",

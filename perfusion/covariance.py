@@ -126,11 +126,18 @@ class CovarianceAccumulator:
                 f"and end tokens, found {found}"
             )
         else:
-            counted = encodings[mask.to(encodings.device)]
-        rows = counted.detach().to("cpu", torch.float64)
-        if not bool(torch.isfinite(rows).all()):
+            # By index, chosen where the mask is: a mask on a GPU would make the CPU wait for it.
+            chosen = mask.flatten().nonzero().flatten()
+            flat = rearrange(encodings, "b n d -> (b n) d")
+            counted = flat.index_select(0, chosen.to(encodings.device))
+        # Not every kind of device has fp64.
+        device = encodings.device if encodings.device.type == "cuda" else torch.device("cpu")
+        rows = counted.detach().to(device, torch.float64)
+        # Elsewhere the check would make the CPU wait at every batch; the result is checked too.
+        if device.type == "cpu" and not bool(torch.isfinite(rows).all()):
             raise ValueError("expected finite text encodings, found NaN or infinity")
-        self._sum += rows.mT @ rows
+        self._sum = self._sum.to(device)
+        self._sum.addmm_(rows.mT, rows)
         self._tokens += rows.shape[0]
         self._captions += encodings.shape[0]
 
@@ -139,7 +146,7 @@ class CovarianceAccumulator:
         if self._tokens == 0:
             raise ValueError("expected at least one token to measure the covariance of, found none")
         return Covariance(
-            matrix=self._sum / self._tokens,
+            matrix=(self._sum / self._tokens).cpu(),
             tokens=self._tokens,
             captions=self._captions,
             positions=self._positions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +33,9 @@ def refuse(path: Path, key: str, expected: str, found: object) -> NoReturn:
     raise ConceptFileError(f"{path}: {key}: expected {expected}, found {shown}")
 
 
-def read_untrusted(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_untrusted(
+    path: Path, dtypes: Sequence[str] = DTYPES
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, nothing of which was trusted before it was checked.
 
     Sizes, the header and every dtype are checked before any tensor is made; the format's own
@@ -44,8 +46,8 @@ def read_untrusted(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = _checked_metadata(path, header.pop("__metadata__", {}))
     for key, entry in header.items():
         dtype = entry.get("dtype") if isinstance(entry, dict) else entry
-        if dtype not in DTYPES:
-            refuse(path, repr(key), f"one of the dtypes {', '.join(DTYPES)}", dtype)
+        if dtype not in dtypes:
+            refuse(path, repr(key), f"one of the dtypes {', '.join(dtypes)}", dtype)
     try:
         tensors = safetensors.torch.load(content)
     except SafetensorError as error:

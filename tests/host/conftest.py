@@ -12,6 +12,7 @@ load_pack()
 import comfy.sample  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
 import comfy.text_encoders.sd2_clip as sd2_clip  # noqa: E402
+import folder_paths  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from comfy import (  # noqa: E402
@@ -413,6 +414,16 @@ class Worlds:
         self, family: str, seed: int = 0, placeholder: str = "<thing>", **changes: object
     ) -> Concept:
         return build_concept(self.model(family), self.clip(family), seed, placeholder, **changes)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _covariances_elsewhere(tmp_path_factory):
+    """What is measured in tests stays out of ComfyUI's models folder."""
+    place = str(tmp_path_factory.mktemp("perfusion_covariance"))
+    paths, extensions = folder_paths.folder_names_and_paths["perfusion_covariance"]
+    folder_paths.folder_names_and_paths["perfusion_covariance"] = ([place], extensions)
+    yield
+    folder_paths.folder_names_and_paths["perfusion_covariance"] = (paths, extensions)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_train import LossGraphNode
+from comfyui_perfusion.host import covariance as covariance_module
+from comfyui_perfusion.host.caption_sources import built_in
 from comfyui_perfusion.nodes.concepts import (
     PerfusionApplyConcepts,
     PerfusionLoadConcept,
@@ -65,8 +67,7 @@ def world(worlds):
 def covariance(world):
     """Statistics of the training node's text encoder."""
     captions = "\n".join(f"a {word} number {at}" for at in range(10) for word in ("cat", "dog"))
-    (found,) = PerfusionCovariance.execute(world["clip"], captions).args
-    return found
+    return PerfusionCovariance.execute(world["clip"], captions).args[0]
 
 
 def train(world, covariance, **changes):
@@ -181,23 +182,31 @@ def test_a_model_that_only_gives_nan_is_reported_at_the_first_step(worlds, world
 
 
 def test_a_covariance_of_another_encoder_is_refused(worlds, world):
-    (other,) = PerfusionCovariance.execute(worlds.new_clip("sd1", seed=8), "a cat").args
+    other, _ = PerfusionCovariance.execute(worlds.new_clip("sd1", seed=8), "a cat").args
     with pytest.raises(ValueError, match="measure it again with this model"):
         train(world, other)
 
 
-def test_without_a_covariance_it_is_measured_first(world, monkeypatch):
-    monkeypatch.setattr(
-        "comfyui_perfusion.nodes.training.everyday_captions",
-        lambda: [f"a photo of a cat number {at}" for at in range(40)],
-    )
-    concept, _ = train(world, None, steps=1)
-    assert concept.metadata["covariance_hash"]
+def test_without_a_covariance_it_is_measured_first_and_found_the_next_time(world, monkeypatch):
+    measured = []
+    original = covariance_module.measure_covariance
+
+    def counted(*args):
+        measured.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(covariance_module, "measure_covariance", counted)
+    monkeypatch.setattr("comfyui_perfusion.nodes.training.built_in", lambda count: built_in(40))
+    first, _ = train(world, None, steps=1)
+    second, _ = train(world, None, steps=1)
+    assert len(measured) == 1
+    assert first.metadata["covariance_hash"] == second.metadata["covariance_hash"]
+    assert torch.equal(first.u, second.u)
 
 
 def test_bad_pictures_are_refused_before_anything_is_measured(world, monkeypatch):
     monkeypatch.setattr(
-        "comfyui_perfusion.host.train.measure_covariance",
+        "comfyui_perfusion.host.train.covariance_of",
         lambda *_: pytest.fail("measured before the pictures were checked"),
     )
     with pytest.raises(ValueError, match="at least one training image"):

@@ -39,7 +39,7 @@ INPUTS = {
         "mask",
     ],
     "PerfusionSaveConcept": ["concept", "filename_prefix"],
-    "PerfusionCovariance": ["clip", "captions"],
+    "PerfusionCovariance": ["clip", "captions", "captions_file", "count", "positions"],
     "PerfusionDemoModel": [],
     "PerfusionDemoImages": ["subject", "count", "seed"],
 }
@@ -50,7 +50,7 @@ OUTPUTS = {
     "PerfusionApplyConcepts": ["MODEL", "CLIP"],
     "PerfusionTrainConcept": ["PERFUSION_CONCEPT", "LOSS_MAP"],
     "PerfusionSaveConcept": ["PERFUSION_CONCEPT"],
-    "PerfusionCovariance": ["PERFUSION_COVARIANCE"],
+    "PerfusionCovariance": ["PERFUSION_COVARIANCE", "STRING"],
     "PerfusionDemoModel": ["MODEL", "CLIP", "VAE"],
     "PerfusionDemoImages": ["IMAGE", "MASK"],
 }
