@@ -290,7 +290,8 @@ def plot(learned: Learned, results: dict[str, Tensor], path: Path) -> None:
     from matplotlib import pyplot
 
     figure = pyplot.figure(figsize=(10, 10.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[4, 1])
+    parts = figure.add_gridspec(2, 1, height_ratios=[4, 1])
+    upper, lower = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
     axes = upper.subplots(4, 5)
     for axis in axes.flat:
         axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xticks=[], yticks=[], aspect="equal")
@@ -329,7 +330,7 @@ def plot(learned: Learned, results: dict[str, Tensor], path: Path) -> None:
 def main() -> None:
     """Command line: where to put the plot and the concept's file, and how long to train."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Teach a text-to-movement network a heart.")
     parser.add_argument("--plot", type=Path, default=Path("text_to_motion.png"))
     parser.add_argument("--pen-steps", type=int, default=600)
     parser.add_argument("--concept-steps", type=int, default=150)
