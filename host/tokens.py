@@ -14,6 +14,7 @@ import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from .families import embedding_width, encoder_models
 
 logger = logging.getLogger("perfusion")
 
+_EMBEDDING_FILES = (".safetensors", ".pt", ".bin")
 # Not a number: "(embedding:7)" would read as the weight 7.
 _REFERENCE = "perfusion-placeholder-"
 
@@ -42,6 +44,17 @@ def is_existing_word(clip: Any, word: str) -> bool:
     return all(count == 1 for count in counts)
 
 
+def embedding_file(clip: Any, word: str) -> Path | None:
+    """The embedding file that "embedding:<word>" in a prompt stands for, if there is one."""
+    for name in encoder_models(clip):
+        places = getattr(clip.tokenizer, f"clip_{name}").embedding_directory or ()
+        for place in [places] if isinstance(places, str) else places:
+            for ending in ("", *_EMBEDDING_FILES):
+                if (file := Path(place) / f"{word}{ending}").is_file():
+                    return file
+    return None
+
+
 def with_placeholders(clip: Any, concepts: Sequence[Concept]) -> Any:
     """A clone of a ComfyUI CLIP whose prompts know the concepts' placeholders.
 
@@ -55,6 +68,15 @@ def with_placeholders(clip: Any, concepts: Sequence[Concept]) -> Any:
         if is_existing_word(clip, concept.placeholder):
             logger.warning(
                 "the placeholder %r is a word of its own; prompts can no longer use that word",
+                concept.placeholder,
+            )
+        if file := embedding_file(clip, concept.placeholder):
+            logger.warning(
+                "the placeholder %r is also the name of the embedding file %s; %s means the "
+                "concept and embedding:%s the file",
+                concept.placeholder,
+                file,
+                concept.placeholder,
                 concept.placeholder,
             )
     for concept in concepts:
@@ -133,7 +155,8 @@ def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _whole_word(word: str) -> str:
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    # After "embedding:" it is the name of a file.
+    before = r"(?<!embedding:)" + (r"(?<!\w)" if re.match(r"\w", word) else "")
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
     return f"{before}{re.escape(word)}{after}"
 

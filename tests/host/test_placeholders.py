@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
+import safetensors.torch
 import torch
 from comfyui_perfusion.host.apply import apply_concepts
 from comfyui_perfusion.host.tokens import (
@@ -13,6 +15,7 @@ from comfyui_perfusion.host.tokens import (
     serve_vectors,
     with_placeholders,
 )
+from comfyui_perfusion.host.training_view import training_view
 
 import nodes as comfy_nodes
 
@@ -197,3 +200,89 @@ def test_a_concept_may_have_several_vectors(worlds):
     rows = torch.arange(2 * 768.0).reshape(2, 768)
     clip = serve_vectors(worlds.clip("sd1"), "<long>", {"l": rows})
     assert [token for token, _ in words(clip, "a <long> x")[1:3]] == ["vector", "vector"]
+
+
+def test_an_embedding_file_of_the_same_name_is_told_of_and_stays_usable(
+    worlds, caplog, tmp_path, monkeypatch
+):
+    stock = worlds.clip("sd1")
+    vector = torch.arange(768.0)
+    safetensors.torch.save_file({"emb_params": vector[None]}, tmp_path / "sks_dog.safetensors")
+    tokenizer = copy.copy(stock.tokenizer)
+    tokenizer.clip_l = copy.copy(tokenizer.clip_l)
+    tokenizer.clip_l.embedding_directory = [str(tmp_path)]
+    stock.tokenizer = tokenizer
+    concept = worlds.concept("sd1", 0, "sks_dog")
+    with caplog.at_level(logging.WARNING, logger="perfusion"):
+        clip = with_placeholders(stock, [concept])
+    assert "embedding:sks_dog the file" in caplog.text
+    section = clip.tokenize("sks_dog embedding:sks_dog sks_dog")["l"][0]
+    found = [token for token, _ in section if isinstance(token, torch.Tensor)]
+    learned = concept.embeddings["l"]
+    assert [torch.equal(token, learned) for token in found] == [True, False, True]
+    assert torch.equal(found[1].float(), vector)
+
+
+@pytest.mark.parametrize("key_lock", ["local", "global"])
+def test_the_same_placeholder_twice_is_edited_in_both_places(worlds, key_lock):
+    concept = worlds.concept("sd1_light", 0, "<thing>", bias=0.2)
+    model = worlds.model("sd1_light")
+    patched, clip = apply_concepts(model, worlds.clip("sd1"), [concept], key_lock)
+    once, twice = "a <thing> and a cat", "a <thing> and a <thing>"
+    found = worlds.sample(patched, clip, twice)
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(found, worlds.sample(patched, clip, once), atol=1e-3)
+    if key_lock == "local":
+        expected = worlds.sample(worlds.pure(model, [concept]), clip, twice)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found / scale, expected / scale, rtol=2e-4, atol=2e-4)
+
+
+def test_a_prompt_without_the_placeholder_works_and_says_so_once(worlds, caplog):
+    model, stock = worlds.model("sd1_light"), worlds.clip("sd1")
+    # The random encoder's outputs resemble each other; only the placeholder's is to open it.
+    concept = worlds.concept("sd1_light", 0, "<thing>", bias=2.0, temperature=0.1)
+    patched, clip = apply_concepts(model, stock, [concept])
+    with caplog.at_level(logging.WARNING, logger="perfusion"):
+        for _ in range(2):
+            assert torch.isfinite(worlds.sample(patched, clip, "a cat")).all()
+    assert caplog.text.count("no word of the prompts opens the gate of '<thing>'") == 1
+    caplog.clear()
+    negative = concept.with_gate(bias=-2.0)
+    patched, clip = apply_concepts(model, stock, [negative])
+    with caplog.at_level(logging.WARNING, logger="perfusion"):
+        worlds.sample(patched, clip, "a <thing>")
+    assert "opens the gate" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("superclass", ["birdbath", "teddy bear"])
+def test_a_superclass_of_several_sub_words_starts_as_their_mean_and_is_found_in_prompts(
+    worlds, family, superclass
+):
+    model, clip = worlds.new_model(f"{family}_light"), worlds.clip(family)
+    pictures = torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    with training_view(model, clip, worlds.vae(), pictures, None, superclass, "<new>") as view:
+        start = view.initial_embeddings()
+        for name in start:
+            ids = getattr(clip.tokenizer, f"clip_{name}").tokenizer(superclass)["input_ids"][1:-1]
+            assert len(ids) == 2
+            encoder = getattr(clip.cond_stage_model, f"clip_{name}")
+            table = encoder.transformer.get_input_embeddings().weight
+            torch.testing.assert_close(start[name], table[ids].mean(0))
+        encoded = view.encode_superclass([f"a {superclass}, on the beach"])
+        assert encoded.mask[0].nonzero().flatten().tolist() == [2, 3]
+        learned = view.encode(["a <new>, on the beach"], start)
+        assert learned.mask[0].nonzero().flatten().tolist() == [2]
+
+
+def test_several_concepts_of_one_superclass_keep_their_own_directions(worlds):
+    concepts = [worlds.concept("sd1_light", at, f"<{at}>") for at in range(3)]
+    assert {concept.superclass for concept in concepts} == {"cat"}
+    model = worlds.model("sd1_light")
+    patched, clip = apply_concepts(model, worlds.clip("sd1"), concepts)
+    prompt = "<0>, <1>; <2>"
+    expected = worlds.sample(worlds.pure(model, concepts), clip, prompt)
+    scale = float(expected.abs().max())
+    found = worlds.sample(patched, clip, prompt)
+    torch.testing.assert_close(found / scale, expected / scale, rtol=2e-4, atol=2e-4)
