@@ -70,7 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--port", type=int, default=None, help="default: a free one")
     add.add_argument("--no-browser", action="store_true", help="only print the address")
     add = commands.add_parser("bench", help="measure; further options go to the benchmark")
-    add.add_argument("name", choices=bench_names(ROOT), help="which benchmark")
+    add.add_argument(
+        "name",
+        type=lambda name: name.replace("-", "_"),
+        choices=bench_names(ROOT),
+        help="which benchmark",
+    )
     return parser
 
 

@@ -5,7 +5,10 @@ from .concept import Concept, ConceptFileError, load_concept, save_concept
 from .concept_inputs import ConceptInputs, merge_inputs
 from .covariance import Covariance, CovarianceAccumulator
 from .covariance_file import load_covariance, save_covariance
+from .edit_model import ModelEdit, edit_model, edit_with, prompt_encoder
 from .embedding import EmbeddingReturn, EmbeddingWrapper, merge_embedding_wrappers
+from .encoded_prompt import EncodedPrompt
+from .erase import Erasure, refinement_constraints, replacement_constraints
 from .finetuning import (
     calculate_input_covariance,
     finetune_groups,
@@ -22,6 +25,7 @@ from .modules import (
     merge_rank1_edit_modules,
 )
 from .open_clip_wrapper import OpenClipEmbedWrapper
+from .preserve import Preserved
 from .rank_one import (
     Basis,
     Direction,
@@ -36,6 +40,7 @@ from .rank_one import (
     similarities,
 )
 from .schedule import Schedule
+from .time_edit import time_constraints
 from .training import (
     Batch,
     Denoiser,
@@ -44,6 +49,7 @@ from .training import (
     TrainingResult,
     train_concept,
 )
+from .unified import Debiasing, debias_constraints, moderation_constraints, preserving_constraints
 
 __all__ = [
     "Basis",
@@ -54,14 +60,19 @@ __all__ = [
     "Constraints",
     "Covariance",
     "CovarianceAccumulator",
+    "Debiasing",
     "Denoiser",
     "Direction",
     "EmbeddingReturn",
     "EmbeddingWrapper",
     "Encoded",
+    "EncodedPrompt",
+    "Erasure",
     "GatedEdit",
     "LowRank",
+    "ModelEdit",
     "OpenClipEmbedWrapper",
+    "Preserved",
     "Rank1EditModule",
     "Schedule",
     "TextEdit",
@@ -71,7 +82,10 @@ __all__ = [
     "calculate_input_covariance",
     "combine",
     "concept_of",
+    "debias_constraints",
+    "edit_model",
     "edit_projection",
+    "edit_with",
     "edited_inputs",
     "finetune_groups",
     "gated_inputs",
@@ -87,12 +101,18 @@ __all__ = [
     "merge_embedding_wrappers",
     "merge_inputs",
     "merge_rank1_edit_modules",
+    "moderation_constraints",
     "open_gates",
+    "preserving_constraints",
     "project",
+    "prompt_encoder",
+    "refinement_constraints",
+    "replacement_constraints",
     "save_concept",
     "save_covariance",
     "save_modules",
     "similarities",
     "solve",
+    "time_constraints",
     "train_concept",
 ]
