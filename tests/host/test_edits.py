@@ -10,8 +10,9 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfyui_perfusion.host.apply import apply_concepts
 from comfyui_perfusion.host.edit_prompts import PromptEncoder
-from comfyui_perfusion.host.edits import applied_edits
+from comfyui_perfusion.host.edits import applied_edits, total_changes
 from comfyui_perfusion.host.families import UnsupportedModelError, cross_attentions
 from comfyui_perfusion.nodes.editing import (
     PerfusionDebias,
@@ -193,6 +194,24 @@ def test_a_lora_before_counts_and_a_lora_after_is_added(worlds):
         torch.testing.assert_close(found_before[key], wanted, rtol=1e-4, atol=1e-5)
         wanted = weight + solved.factors(plain[key]).dense()
         torch.testing.assert_close(found_after[key], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_concept_on_an_edited_model_is_the_concept_of_the_edited_weights(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    edited, _ = assume(model, clip)
+    concept = worlds.concept("small")
+    changes = {key.removesuffix(".weight"): each for key, each in total_changes(edited).items()}
+    lora = {
+        **{f"{name}.lora_up.weight": change.up for name, change in changes.items()},
+        **{f"{name}.lora_down.weight": change.down for name, change in changes.items()},
+    }
+    wanted_model = worlds.pure(model, [concept], lora)
+    found_model, known = apply_concepts(edited, clip, [concept])
+    wanted = worlds.sample(wanted_model, known, "a <thing>")
+    found = worlds.sample(found_model, known, "a <thing>")
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    plain, _ = apply_concepts(model, clip, [concept])
+    assert not torch.allclose(worlds.sample(plain, known, "a <thing>"), wanted, atol=1e-2)
 
 
 def test_values_alone_and_chosen_layers_alone_can_be_edited(worlds):
