@@ -199,7 +199,7 @@ def test_a_lora_before_counts_and_a_lora_after_is_added(worlds):
 def test_a_concept_on_an_edited_model_is_the_concept_of_the_edited_weights(worlds):
     model, clip = worlds.model("small"), worlds.clip("sd1")
     edited, _ = assume(model, clip)
-    concept = worlds.concept("small")
+    concept = worlds.fitting_concept(model, clip, 0, "<thing>")
     changes = {key.removesuffix(".weight"): each for key, each in total_changes(edited).items()}
     lora = {
         **{f"{name}.lora_up.weight": change.up for name, change in changes.items()},
