@@ -1,8 +1,8 @@
 """Makes the templates' thumbnails: runs each workflow in a real ComfyUI and keeps its picture.
 
-    .venv/bin/python -m dev.make_thumbnails
+    .venv/bin/python -m dev.make_thumbnails [name ...]
 
-Run it after a change of the small world's weights, its concepts or a workflow.
+Without names all of them. Run it after a change of the small world's weights, its concepts or a workflow.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 QUALITY = 92
 
 
-def main() -> int:
-    """Write a .jpg beside every template; returns the exit status."""
+def main(names: list[str]) -> int:
+    """Write a .jpg beside every template, or those of these names; returns the exit status."""
     layout = Layout(ROOT)
     with make_server(prepare(layout), layout) as server:
         for template in sorted((ROOT / "workflows").glob("*.json")):
+            if names and template.stem not in names:
+                continue
             say(f"Running {template.stem}")
             api = template.parent / "api" / template.name
             run = run_workflow(server.client, json.loads(api.read_text(encoding="utf-8")))
@@ -38,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
