@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples import text_to_motion as example
+from research import text_to_motion as example
 from perfusion.concept import load_concept
 
 

@@ -1,6 +1,6 @@
 """The method on a modality that is no picture: a pen's movement, drawn from a sentence.
 
-    python -m examples.text_to_motion --plot motion.png    (in the repository's folder)
+    python -m research.text_to_motion --plot motion.png    (in the repository's folder)
 
 Trains a small network from nothing (a text encoder, and a decoder that reads it by
 cross-attention at every moment of the movement), then teaches it a figure it has no word for, a
