@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from research import text_to_motion as example
 from perfusion.concept import load_concept
+from research import text_to_motion as example
 
 
 @pytest.fixture(scope="module")
