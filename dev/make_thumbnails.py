@@ -2,7 +2,8 @@
 
     .venv/bin/python -m dev.make_thumbnails [name ...]
 
-Without names all of them. Run it after a change of the small world's weights, its concepts or a workflow.
+Without names all of them. Run it after a change of the small world's weights, its concepts or a
+workflow.
 """
 
 from __future__ import annotations
