@@ -12,7 +12,8 @@ on renderings only; `demo/weights/training.json` says how reliable it is), and g
 - Erasing (MACE, section 4): accuracy on erased words (lower is better), on synonyms of them
   (lower), on unrelated words (higher), and their harmonic mean H_o = 3 / (1 / (1 - erased) +
   1 / unrelated + 1 / (1 - synonyms)). There are 8 kinds, so the ten concepts are seven kinds and
-  three scenes.
+  three scenes. The judge must answer with some kind even for a picture of nothing in particular:
+  "anchor word" draws the anchor in place of every erased word, and is what can be hoped for.
 - Debiasing (UCE, section 4): shares of two colours, edited again with the new shares each time.
 """
 
@@ -33,6 +34,7 @@ from comfyui_perfusion.host.edits import EditSettings, apply_edit  # noqa: E402
 from comfyui_perfusion.nodes.editing import default_sentences  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form import Constraints  # noqa: E402
 from comfyui_perfusion.perfusion.erase import (  # noqa: E402
+    GENERIC_ANCHOR,
     Erasure,
     refinement_constraints,
     replacement_constraints,
@@ -69,6 +71,8 @@ ERASED_SETS = {
 SCENE_PHRASES = {"beach": "on the beach", "desert": "in the desert", "space": "in space"}
 SCENE_SENTENCES = ("a photo of a cat in the {}", "a house on the {}", "a mug in {}")
 PRIOR = 1000.0
+UNEDITED, ANCHOR = "unedited", "anchor word (oracle)"
+ERASE_WAYS = (UNEDITED, "refinement", "replacement", "both", "both + prior", ANCHOR)
 
 
 def time_table(world: World, kinds: Sequence[str], seeds: int) -> tuple[list[dict], Tensor]:
@@ -169,20 +173,25 @@ def erase_table(
     kept = preserve((), 1.0, world.covariance(), PRIOR)
     rows, shown = [], []
     for count in counts:
-        for method in ("unedited", "refinement", "replacement", "both", "both + prior"):
+        for method in ERASE_WAYS:
             model = world.model
-            if method != "unedited":
+            if method not in (UNEDITED, ANCHOR):
                 constraints = erase_constraints(world, count, method.split(" ")[0])
                 prior = kept if "prior" in method else None
                 model, _ = apply_edit(model, constraints, EditSettings(UCE_RIDGE), method, prior)
-            row, pictures = _erased(world, model, count, seeds)
+            row, pictures = _erased(world, model, count, seeds, by_anchor=method == ANCHOR)
             rows.append({"concepts": count, "way": method, **row})
             shown.append(pictures)
     return rows, torch.cat(shown)
 
 
-def _erased(world: World, model: Any, count: int, seeds: int) -> tuple[dict[str, Any], Tensor]:
+def _erased(
+    world: World, model: Any, count: int, seeds: int, by_anchor: bool
+) -> tuple[dict[str, Any], Tensor]:
     kinds, scenes = ERASED_SETS[count]
+
+    def said(word: str) -> str:
+        return GENERIC_ANCHOR if by_anchor else word
 
     def accuracy(words: Sequence[tuple[str, str]], seed: int) -> tuple[Tensor, Tensor]:
         prompts = [SOURCE.format(word) for word, _ in words for _ in range(seeds)]
@@ -193,13 +202,17 @@ def _erased(world: World, model: Any, count: int, seeds: int) -> tuple[dict[str,
         ]
         return torch.cat(right), drawn.pictures[::seeds]
 
-    synonyms = [(KINDS[k].words[-1], k) for k in kinds if len(KINDS[k].words) > 1]
+    synonyms = [(said(KINDS[k].words[-1]), k) for k in kinds if len(KINDS[k].words) > 1]
     unrelated = [(k, k) for k in CLASS_NAMES if k not in kinds]
-    erased, first = accuracy([(kind, kind) for kind in kinds], 300)
+    erased, first = accuracy([(said(kind), kind) for kind in kinds], 300)
     related, _ = accuracy(synonyms, 301)
     other, second = accuracy(unrelated, 302)
     if scenes:
-        prompts = [f"a house {SCENE_PHRASES[s]}" for s in scenes for _ in range(seeds)]
+        prompts = [
+            "a house " + SCENE_PHRASES[scene].replace(scene, said(scene))
+            for scene in scenes
+            for _ in range(seeds)
+        ]
         drawn = world.draw(model, prompts, 303)
         for at, scene in enumerate(scenes):
             part = drawn.part(at * seeds, (at + 1) * seeds)
