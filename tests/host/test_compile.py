@@ -70,6 +70,18 @@ def test_another_gate_needs_no_new_graph(worlds, world):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_global_key_lock_needs_one_graph_and_the_same_numbers(worlds, world):
+    model, clip, concepts = world
+    patched, clip_patched = apply_concepts(model, clip, concepts, "global")
+    expected = worlds.sample(patched, clip_patched, PROMPT)
+    assert torch.equal(worlds.sample(traced(patched), clip_patched, PROMPT), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    # A prompt with a second encoding means nothing to a compiled model without concepts.
+    plain = worlds.sample(model, clip_patched, PROMPT)
+    assert torch.equal(worlds.sample(traced(model), clip_patched, PROMPT), plain)
+
+
 def test_the_node_itself_agrees_within_the_compilers_tolerance(worlds, world):
     model, clip, concepts = world
     patched, clip_patched = apply_concepts(model, clip, concepts)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 
-import comfy.controlnet
+import comfy.hooks
 import comfy.model_base
 import pytest
 import torch
+from comfy_extras.nodes_hooks import SetClipHooks
 from comfyui_perfusion.host.apply import apply_concepts
 from comfyui_perfusion.host.families import cross_attentions
 from comfyui_perfusion.host.tokens import with_placeholders
@@ -343,3 +344,31 @@ def test_tokenwise_functions_keep_the_twin_and_all_others_give_ordinary_tensors(
     assert torch.equal(one[:, 1:], first[:, 1:] * 2)
     assert torch.equal(two[:, 1:], second[:, 1:] * 2)
     assert (two[:, 0] == 5).all()
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_hooks_on_the_text_encoder_reach_the_twin_too(worlds, two, applied, scheduled):
+    stock, (_, clip) = worlds.clip("sd1"), applied
+    key = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"
+    lora = {
+        f"{key}.lora_up.weight": torch.ones(64, 1),
+        f"{key}.lora_down.weight": torch.ones(1, 768),
+    }
+
+    def encodings(clip, text):
+        hooks = comfy.hooks.create_hook_lora(lora, 0.0, 1.0)
+        keyframes = comfy.hooks.HookKeyframeGroup()
+        keyframes.add(comfy.hooks.HookKeyframe(strength=0.3))
+        keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.5))
+        hooks.set_keyframes_on_hooks(keyframes)
+        (hooked,) = SetClipHooks().apply_hooks(clip, scheduled, True, hooks)
+        return [found for found, _ in worlds.encode(hooked, text)]
+
+    found = encodings(clip, PROMPT)
+    assert len(found) == (2 if scheduled else 1)
+    plain = encodings(with_placeholders(stock, two), PROMPT)
+    twins = encodings(stock, TWIN_PROMPT)
+    for each, first, second in zip(found, plain, twins, strict=True):
+        assert torch.equal(untwined(each)[0], first)
+        assert torch.equal(untwined(each)[1], second)
+    assert not torch.equal(twins[0], worlds.encode(stock, TWIN_PROMPT)[0][0])
