@@ -5,8 +5,8 @@ keys and values that its counterpart has in the destination.
 
 That rests on a text encoder that lets later words know of earlier ones: the added word itself has
 no counterpart, its meaning must have reached the words behind it. Where it does not (small
-encoders, colours), ``carry`` (ours) gives the neighbouring word a part of the added word's own
-encoding, as UCE adds attributes to a concept.
+encoders, colours), ``carry`` (ours) gives the neighbouring word a part of what the added word's own
+encoding has beyond that of the word in front of it, as UCE adds attributes to a concept.
 """
 
 from __future__ import annotations
@@ -60,9 +60,15 @@ def _matched(
     targets = destination.encodings[matched]
     if carry:
         for at, position in _added(source, destination, matched):
-            targets[at] += carry * destination.encodings[position]
+            before = _before(destination, matched, position)
+            targets[at] += carry * (destination.encodings[position] - destination.encodings[before])
     count = None if with_padding else source.end
     return Constraints(source.encodings[:count], targets[:count])
+
+
+def _before(destination: EncodedPrompt, matched: list[int], position: int) -> int:
+    # The last matched token in front of an added word; the start of the prompt if there is none.
+    return max((at for at in matched if at < position), default=0)
 
 
 def _added(
