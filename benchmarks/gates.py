@@ -1,6 +1,6 @@
 """The front between the concept and the rest of the prompt, under both key locks.
 
-    python dev.py bench gates [--biases 0.3 0.4 ...] [--seeds 4] [--concept pim.safetensors]
+    python dev.py bench gates [--biases 0.3 0.4 ...] [--seeds 4] [--concept bo.safetensors]
 
 The small world's ready concept is drawn in eight settings with every bias of the gate, with local
 and with global key lock, from the same noise. The judge measures how much of the thing there is
@@ -44,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="dev.py bench gates", description=__doc__)
     parser.add_argument("--biases", nargs="+", type=float, default=list(BIASES))
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt")
-    parser.add_argument("--concept", default="pim.safetensors", help="a file in demo/concepts")
+    parser.add_argument("--concept", default="bo.safetensors", help="a file in demo/concepts")
     parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "gates.png")
     options = parser.parse_args()
     concept = load_concept(ROOT / "demo" / "concepts" / options.concept)
