@@ -30,10 +30,7 @@ class World:
         self.model, self.clip, self.vae = load_small_model(world_weights())
         self.judge: Judge = load_judge(WEIGHTS / "judge.safetensors")
         self.encode = PromptEncoder(self.clip)
-
-    def covariance(self, captions: int = 600) -> Any:
-        """Statistics of the text encoder over captions of the world."""
-        return measure_covariance(self.clip, sample_captions(captions))
+        self.statistics = measure_covariance(self.clip, sample_captions(600))
 
     def draw(self, model: Any, prompts: Sequence[str], seed: int) -> Pictures:
         """Pictures of prompts; the k-th starts from the same noise whatever the model."""

@@ -62,6 +62,7 @@ NEW_COLORS = {
     "mushroom": "blue",
 }
 SOURCE = "a photo of a {}"
+CARRIED = "words only, carry 0.7, prior 30"
 RELATED = ("a {} on the beach", "a {} in the snow", "a photo of a {} in the city", "a small {}")
 ERASED_SETS = {
     1: (("mug",), ()),
@@ -80,7 +81,7 @@ def time_table(world: World, kinds: Sequence[str], seeds: int) -> tuple[list[dic
     ways = {
         "unedited (baseline)": None,
         "TIME": {"carry": 0.0, "with_padding": True},
-        "TIME, words only, carry 0.5": {"carry": 0.5, "with_padding": False},
+        CARRIED: {"carry": 0.7, "with_padding": False},
         "UCE vector": "uce",
         "destination prompt (oracle)": "oracle",
     }
@@ -118,7 +119,8 @@ def _assumption(world: World, kind: str, way: Any, seeds: int) -> dict[str, Tens
     elif isinstance(way, dict):
         edit = f"a {kind}", f"a {new} {kind}"
         constraints = time_constraints(world.encode, *edit, **way)
-        model, _ = apply_edit(model, constraints, EditSettings(RIDGE), kind)
+        prior = preserve((), 1.0, world.statistics, 30.0) if way["carry"] else None
+        model, _ = apply_edit(model, constraints, EditSettings(RIDGE), kind, prior)
     said = f"{new} " if way == "oracle" else ""
     synonym = KINDS[kind].words[-1]
     others = [k for k in CLASS_NAMES if k != kind and KINDS[k].usual_color not in (old, new)][:4]
@@ -170,7 +172,7 @@ def erase_table(
     world: World, counts: Sequence[int], seeds: int
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Rows of the second table, and pictures of all kinds before and after."""
-    kept = preserve((), 1.0, world.covariance(), PRIOR)
+    kept = preserve((), 1.0, world.statistics, PRIOR)
     rows, shown = [], []
     for count in counts:
         for method in ERASE_WAYS:

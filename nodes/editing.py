@@ -136,7 +136,7 @@ class PerfusionEditAssumption(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="How much of an added word's own meaning the word beside it takes on. "
-                    "0 is the paper's method; about 0.5 helps where its edits change too little.",
+                    "0 is the paper's method; about 0.7 helps where its edits change too little.",
                 ),
                 io.Boolean.Input(
                     "with_padding",
