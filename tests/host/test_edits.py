@@ -292,7 +292,7 @@ def test_statistics_are_preserved_and_allow_for_no_ridge_at_all(worlds):
     with pytest.raises(ValueError, match="lambda = 0 leaves the edit undetermined"):
         erase(model, clip, ridge=0.0)
     captions = [f"a {w} and a {v} {n}" for n in range(40) for w, v in ("xy", "zw", "uv")]
-    (covariance,) = PerfusionCovariance.execute(clip, "\n".join(captions)).args
+    covariance = PerfusionCovariance.execute(clip, "\n".join(captions)).args[0]
     (kept,) = PerfusionPreserve.execute(clip, "", 1.0, covariance, 1e6).args
     edited, report = erase(model, clip, ridge=1.0, preserve=kept)
     before, (free, _) = weights_of(model), erase(model, clip, ridge=1.0)
