@@ -11,7 +11,7 @@ from .specs import Specs, sample_specs
 
 CHUNK = 4096
 MANY_TWO = 100
-"""From this chunk on two things in a picture are as usual as one is before it rare."""
+"""From this chunk on 45 % of the pictures show two things, before it 20 %."""
 MASK_GRID = 12
 _BATCH = 256
 
