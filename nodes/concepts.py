@@ -134,7 +134,7 @@ class PerfusionApplyConcepts(io.ComfyNode):
                     tooltip="Where things stand in the picture is decided, local: by the concept's "
                     "own word as its everyday word would; global: by the whole prompt with the "
                     "everyday words in the placeholders' places. Global follows the prompt more "
-                    "closely and wants a lower bias, 0.40 to 0.60.",
+                    "closely; the paper uses a bias of 0.40 to 0.60 there.",
                 ),
             ],
             outputs=[
