@@ -32,7 +32,6 @@ EMBLEMS = ("none", "star", "heart", "disc")
 """Without a word, like faces and horns."""
 SCENES = ("plain", "beach", "snow", "forest", "desert", "city", "space")
 STYLES = ("photo", "sketch")
-SIZES = ("small", "medium", "large")
 _SIDE = torch.tensor([0.46, 0.6, 0.74])
 _USUAL = torch.tensor([COLOR_NAMES.index(KINDS[name].usual_color) for name in CLASS_NAMES])
 

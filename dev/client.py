@@ -32,7 +32,6 @@ class Run:
     status: str = ""  # one of END_EVENTS
     error: str = ""  # "NodeType: message" after execution_error
     seconds: dict[str, float] = field(default_factory=dict)  # node id -> time it took
-    cached: list[str] = field(default_factory=list)  # nodes that did not have to run
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # node id -> what it shows
 
     def images(self, kind: str = "output") -> list[dict[str, str]]:
@@ -113,8 +112,6 @@ class Client:
                 if node is not None:
                     run.seconds[node] = run.seconds.get(node, 0.0) + now - since
                 node, since = data.get("node") if kind == "executing" else None, now
-            elif kind == "execution_cached":
-                run.cached = list(data.get("nodes", []))
             elif kind == "executed":
                 run.outputs[data["node"]] = data.get("output") or {}
             if on_event:
