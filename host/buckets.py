@@ -69,8 +69,9 @@ def _bucket(width: int, height: int, resolution: int, step: int) -> tuple[int, i
 
     What is cut off is lost, what is made smaller only less sharp: the former counts twice.
     """
-    exact = (resolution * math.sqrt(width / height), resolution * math.sqrt(height / width))
-    choices = list(itertools.product(*(_near(side, step) for side in exact)))
+    stretch = math.sqrt(width / height)
+    across, down = (_near(side, step) for side in (resolution * stretch, resolution / stretch))
+    choices = list(itertools.product(across, down))
     within = [choice for choice in choices if math.prod(choice) <= resolution**2]
     if not within:
         # A very long picture whose short side cannot get any smaller.
