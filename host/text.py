@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .digests import weights_digest
 from .families import Family, encoder_models, family_of_clip
-
-# How many values of each weight tell one text encoder from another.
-_HASHED_VALUES = 16
 
 Tokens = list[int | Tensor]
 
@@ -104,17 +101,8 @@ class TextEncoders:
 
     def digest(self) -> str:
         """16 hexadecimal digits naming the encoder, its layer and the patches on it."""
-        content = hashlib.sha256()
-        model = self.clip.cond_stage_model
-        content.update(f"{type(model).__name__} {self.clip.layer_idx}".encode())
-        for key, (weight, *patches) in sorted(self.clip.patcher.get_key_patches().items()):
-            content.update(key.encode())
-            _hash_values(content, weight[0])
-            for strength, patch, *_ in patches:
-                content.update(f"{strength} {type(patch).__name__}".encode())
-                for value in getattr(patch, "weights", ()):
-                    _hash_values(content, value)
-        return content.hexdigest()[:16]
+        layer = f"{type(self.clip.cond_stage_model).__name__} {self.clip.layer_idx}"
+        return weights_digest(self.clip.patcher, layer)
 
 
 def word_tokens(tokenizer: Any, word: str) -> list[int]:
@@ -126,13 +114,3 @@ def word_tokens(tokenizer: Any, word: str) -> list[int]:
 def token_is(token: int | Tensor, wanted: int) -> bool:
     """Whether a token is this id (a vector never is)."""
     return not isinstance(token, Tensor) and token == wanted
-
-
-def _hash_values(content: Any, value: Any) -> None:
-    # Quantised tensors are subclasses that cannot be sampled like plain ones.
-    if type(value) not in (Tensor, torch.nn.Parameter):
-        return
-    content.update(str(tuple(value.shape)).encode())
-    flat = value.detach().reshape(-1)
-    step = max(1, flat.numel() // _HASHED_VALUES)
-    content.update(flat[::step].float().cpu().contiguous().numpy().tobytes())

@@ -10,7 +10,7 @@ import comfy.utils
 from torch import Tensor
 
 from ..perfusion.covariance import Covariance, Positions
-from ..perfusion.training import TrainingResult, train_concept
+from ..perfusion.training import Progress, TrainingCallbacks, TrainingResult, train_concept
 from ..perfusion.training_config import TrainingConfig
 from .caption_sources import CaptionSource, built_in
 from .concept_files import write_interrupted
@@ -62,9 +62,9 @@ def train(
         covariance = covariance_with_progress(clip, source or built_in())
     progress = comfy.utils.ProgressBar(config.steps)
 
-    def on_step(step: int, loss: float) -> None:
-        logger.debug("step %d of %d, loss %.5f", step, config.steps, loss)
-        progress.update_absolute(step, config.steps)
+    def on_step(done: Progress) -> None:
+        logger.debug("step %d of %d, loss %.5f", done.step, config.steps, done.smoothed.mean)
+        progress.update_absolute(done.step, config.steps)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def on_partial(result: TrainingResult) -> None:
@@ -72,7 +72,8 @@ def train(
             write_interrupted(result.concept)
 
     with training_view(model, clip, vae, images, mask, *words) as view:
-        result = train_concept(view, config, covariance, on_step, on_partial)
+        callbacks = TrainingCallbacks(on_step=on_step, on_partial=on_partial)
+        result = train_concept(view, config, covariance, callbacks)
     if result.error is not None:
         saved = f", saved as {write_interrupted(result.concept)}" if result.steps else ""
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TrainingImages:
-    """Latents (B, C, h, w) as the VAE makes them, masks (B, 1, h, w) or None, size in pixels."""
+    """For each image its variants' latents (V, C, h, w) as the VAE makes them, their masks
+    (V, 1, h, w) or None for no masks, and its (width, height) in pixels.
 
-    latents: Tensor
-    masks: Tensor | None
-    width: int
-    height: int
+    ``digest`` names pictures, masks and how they were changed.
+    """
+
+    latents: list[Tensor]
+    masks: list[Tensor] | None
+    sizes: list[tuple[int, int]]
+    digest: str
 
 
 def encode_images(vae: Any, images: Tensor, mask: Tensor | None) -> TrainingImages:
@@ -41,7 +46,15 @@ def encode_images(vae: Any, images: Tensor, mask: Tensor | None) -> TrainingImag
             picture = masks[..., None].expand(-1, -1, -1, pixels.shape[-1])
             edges = vae.vae_encode_crop_pixels(picture)[..., :1].movedim(-1, 1)
             masks = torch.nn.functional.interpolate(edges, latents.shape[-2:], mode="area")
-    return TrainingImages(latents, masks, width=cropped.shape[2], height=cropped.shape[1])
+    content = hashlib.sha256(pixels.float().cpu().contiguous().numpy().tobytes())
+    if masks is not None:
+        content.update(masks.float().cpu().contiguous().numpy().tobytes())
+    return TrainingImages(
+        list(latents[:, None]),
+        None if masks is None else list(masks[:, None]),
+        [(cropped.shape[2], cropped.shape[1])] * len(latents),
+        content.hexdigest()[:16],
+    )
 
 
 def check_images(images: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..perfusion.denoiser import Batch, Encoded
 from ..perfusion.rank_one import GatedEdit, Part
+from .digests import weights_digest
 from .dispatch import Projection, install
 from .families import check_clip, cross_attentions, family_of
 from .native_loss import loss_weight, schedule
@@ -92,16 +93,34 @@ class TrainingView:
         marker = {name: torch.zeros(width) for name, width in self._text.family.encoders.items()}
         self._marked = TextEncoders(serve_vectors(clip, placeholder, marker))
         self._sections: dict[str, dict[str, Tokens]] = {}
-        self._images = pictures
-        latents = self._model.process_latent_in(ordinary(pictures.latents))
-        self._latents = latents.to(self._device, torch.float32)
-        weights = pictures.masks
-        self._weights = None if weights is None else ordinary(weights).to(self._device)
+        self.data_hash: str = weights_digest(model, pictures.digest)
+        self._sizes = pictures.sizes
+        self._latents = [
+            self._model.process_latent_in(ordinary(latents)).to(self._device, torch.float32)
+            for latents in pictures.latents
+        ]
+        masks = pictures.masks
+        self._masks = masks and [ordinary(mask).to(self._device) for mask in masks]
 
     @property
     def image_count(self) -> int:
         """How many training images there are."""
-        return self._latents.shape[0]
+        return len(self._latents)
+
+    @property
+    def variant_count(self) -> int:
+        """How many augmented versions there are of each image."""
+        return self._latents[0].shape[0]
+
+    @property
+    def needs_scaling(self) -> bool:
+        """Whether gradients are computed in fp16."""
+        return self._dtype is torch.float16
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width of an image on the latent grid."""
+        height, width = self._latents[index].shape[-2:]
+        return height, width
 
     def initial_embeddings(self) -> dict[str, Tensor]:
         """Text encoder -> token vector (dim,) of the superclass, the mean over its sub-words."""
@@ -155,8 +174,8 @@ class TrainingView:
     def errors(self, batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
         """Squared error (B, C, h, w) of the prediction of x0, times the native loss weight."""
         sampling = self._model.model_sampling
-        clean = self._latents[batch.indices.to(self._device)]
-        noise = torch.randn(clean.shape, generator=batch.generator).to(clean)
+        clean = _chosen(self._latents, batch)
+        noise = batch.noise(*clean.shape[1:]).to(clean)
         sigma = schedule(sampling, batch.timesteps).to(self._device)
         noisy = sampling.noise_scaling(sigma, noise, clean)
         self._edit = edit
@@ -166,15 +185,15 @@ class TrainingView:
                 sigma,
                 c_crossattn=encoded.encodings,
                 transformer_options={"optimized_attention_override": _attention},
-                **self._conditions(noisy, encoded),
+                **self._conditions(noisy, encoded, self._sizes[int(batch.indices[0])]),
             )
         finally:
             self._edit = None
         return (denoised - clean).square() * loss_weight(sampling, sigma)
 
-    def masks(self, indices: Tensor) -> Tensor | None:
+    def masks(self, batch: Batch) -> Tensor | None:
         """Weights (B, 1, h, w) of the pixels of these images, or None for no masks."""
-        return None if self._weights is None else self._weights[indices.to(self._device)]
+        return None if self._masks is None else _chosen(self._masks, batch)
 
     def _take_projections(self) -> dict[str, int]:
         layers = {}
@@ -198,15 +217,17 @@ class TrainingView:
         encodings = found.encodings.to(self._device, self._dtype)
         return Encoded(encodings, mask[:, : encodings.shape[1]].to(self._device), found.pooled)
 
-    def _conditions(self, noisy: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+    def _conditions(
+        self, noisy: Tensor, encoded: Encoded, size: tuple[int, int]
+    ) -> dict[str, Tensor]:
         """What the model wants besides the text (SDXL: pooled text and picture sizes)."""
-        size = {"width": self._images.width, "height": self._images.height}
         conditions = self._model.extra_conds(
             noise=noisy,
             device=self._device,
             pooled_output=encoded.extra,
             prompt_type="positive",
-            **size,
+            width=size[0],
+            height=size[1],
         )
         return {
             name: condition.process_cond(
@@ -229,6 +250,12 @@ class _Trained:
         if edit is None:
             return original(encodings)
         return edit.apply(original, self._layer, self._part)
+
+
+def _chosen(images: list[Tensor], batch: Batch) -> Tensor:
+    """The chosen variants of the chosen images, all of one shape, as one batch."""
+    pairs = zip(batch.indices.tolist(), batch.variants.tolist(), strict=True)
+    return torch.stack([images[index][variant] for index, variant in pairs])
 
 
 def _attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -45,10 +45,15 @@ from .training import (
     Batch,
     Denoiser,
     Encoded,
+    Progress,
+    TrainingCallbacks,
     TrainingConfig,
     TrainingResult,
+    TrainingState,
     train_concept,
+    training_fingerprint,
 )
+from .training_state import load_state, save_state
 from .unified import Debiasing, debias_constraints, moderation_constraints, preserving_constraints
 
 __all__ = [
@@ -73,11 +78,14 @@ __all__ = [
     "ModelEdit",
     "OpenClipEmbedWrapper",
     "Preserved",
+    "Progress",
     "Rank1EditModule",
     "Schedule",
     "TextEdit",
+    "TrainingCallbacks",
     "TrainingConfig",
     "TrainingResult",
+    "TrainingState",
     "active_directions",
     "calculate_input_covariance",
     "combine",
@@ -94,6 +102,7 @@ __all__ = [
     "load_concept",
     "load_covariance",
     "load_modules",
+    "load_state",
     "locked_outputs",
     "lora_tensors",
     "loss_fn_weighted_by_mask",
@@ -111,8 +120,10 @@ __all__ = [
     "save_concept",
     "save_covariance",
     "save_modules",
+    "save_state",
     "similarities",
     "solve",
     "time_constraints",
     "train_concept",
+    "training_fingerprint",
 ]

@@ -36,6 +36,34 @@ def check_templates(templates: Sequence[str]) -> None:
             )
 
 
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise ValueError unless every caption has exactly one ``{}`` and no other brace."""
+    for number, caption in enumerate(captions, 1):
+        if caption.count("{}") != 1 or caption.count("{") != 1 or caption.count("}") != 1:
+            raise ValueError(
+                f"expected one {{}} in caption {number}, where the concept stands, and no other "
+                f"brace, found {caption!r}"
+            )
+
+
+def captions_for(captions: Sequence[str], placeholder: str) -> tuple[str, ...]:
+    """A user's captions, each with the placeholder (or ``{}``) in it, with ``{}`` in its place.
+
+    Raises ValueError naming a caption without the placeholder, or with it more than once.
+    """
+    found = []
+    for number, caption in enumerate(captions, 1):
+        text = " ".join(caption.split()).replace(placeholder, "{}")
+        if text.count("{}") != 1:
+            raise ValueError(
+                f"caption {number}: expected the placeholder {placeholder} once, found it "
+                f"{text.count('{}')} times in {caption!r}; write it where the thing is named"
+            )
+        found.append(text)
+    check_captions(found)
+    return tuple(found)
+
+
 def fill(template: str, word: str) -> str:
     """Put ``word`` into the template's one place."""
     return template.replace("{}", word)

@@ -177,7 +177,7 @@ def test_a_model_that_only_gives_nan_is_reported_at_the_first_step(worlds, world
     broken = worlds.new_model("small", seed=1)
     with torch.no_grad():
         broken.model.diffusion_model.out[2].weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="after 0 good steps: the loss of step 1 is nan"):
+    with pytest.raises(ValueError, match="after 0 good steps: step 1: its loss is nan"):
         train({**world, "model": broken}, covariance)
 
 

@@ -34,7 +34,12 @@ def view_of(world, mask=None, **changes):
 
 def batch_of(*indices, seed=0):
     timesteps = torch.linspace(0.1, 0.9, len(indices))
-    return Batch(torch.tensor(indices), timesteps, torch.Generator().manual_seed(seed))
+    return Batch(
+        torch.tensor(indices),
+        torch.zeros(len(indices), dtype=torch.int64),
+        timesteps,
+        seed + torch.arange(len(indices)),
+    )
 
 
 def edit_for(view, encoded):
@@ -78,7 +83,7 @@ def test_the_error_is_that_of_the_models_own_prediction(worlds, world, kind):
         found = view.errors(batch, encoded, None).detach()
     sampling, unet = model.model.model_sampling, model.model.diffusion_model
     clean = model.model.process_latent_in(world[2].encode(world[3]))[[2, 0]]
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    noise = batch.noise(*clean.shape[1:])
     sigma = schedule(sampling, batch.timesteps)
     wide = sigma[:, None, None, None]
     if kind == "flow":
@@ -141,7 +146,7 @@ def test_the_edit_under_training_is_the_edit_that_is_applied_later(worlds, world
     clean = model.model.process_latent_in(vae.encode(images))[[1]]
     sampling = model.model.model_sampling
     sigma = schedule(sampling, batch.timesteps)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    noise = batch.noise(*clean.shape[1:])
     noisy = sampling.noise_scaling(sigma, noise, clean)
     with torch.no_grad():
         denoised = patched.model.apply_model(noisy, sigma, c_crossattn=encoded.encodings)
@@ -251,7 +256,7 @@ def test_masks_are_cropped_like_the_pictures_and_brought_to_the_latent_grid(worl
     mask = torch.zeros(2, 34, 36)
     mask[0, 1:9, 2:10] = 1  # the first latent pixel once the edges are cropped
     with view_of((*world[:3], images), mask=mask) as view:
-        found = view.masks(torch.tensor([1, 0]))
+        found = view.masks(batch_of(1, 0))
     assert found.shape == (2, 1, 4, 4)
     expected = torch.zeros(4, 4)
     expected[0, 0] = 1
@@ -261,7 +266,7 @@ def test_masks_are_cropped_like_the_pictures_and_brought_to_the_latent_grid(worl
 
 def test_without_a_mask_there_is_none(world):
     with view_of(world) as view:
-        assert view.masks(torch.tensor([0])) is None
+        assert view.masks(batch_of(0)) is None
         assert view.image_count == 3
 
 

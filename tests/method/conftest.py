@@ -10,6 +10,9 @@ import torch
 
 from perfusion.concept import Concept
 from perfusion.encoded_prompt import EncodedPrompt
+from tests.method.tiny_diffusion import covariance, denoiser, networks
+
+__all__ = ["covariance", "denoiser", "networks"]
 
 
 def sd1_layers() -> dict[str, int]:

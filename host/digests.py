@@ -1,0 +1,38 @@
+"""Names for the weights of a model, the same in every session."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# How many values of each weight tell one model from another.
+_HASHED_VALUES = 16
+
+
+def weights_digest(patcher: Any, more: str = "") -> str:
+    """16 hexadecimal digits for the weights of a patcher, the patches on it, and some text.
+
+    Of every weight, values spread over all of it are looked at.
+    """
+    content = hashlib.sha256(more.encode())
+    for key, (weight, *patches) in sorted(patcher.get_key_patches().items()):
+        content.update(key.encode())
+        _hash_values(content, weight[0])
+        for strength, patch, *_ in patches:
+            content.update(f"{strength} {type(patch).__name__}".encode())
+            for value in getattr(patch, "weights", ()):
+                _hash_values(content, value)
+    return content.hexdigest()[:16]
+
+
+def _hash_values(content: Any, value: Any) -> None:
+    # Quantised tensors are subclasses that cannot be sampled like plain ones.
+    if type(value) not in (Tensor, torch.nn.Parameter):
+        return
+    content.update(str(tuple(value.shape)).encode())
+    flat = value.detach().reshape(-1)
+    step = max(1, flat.numel() // _HASHED_VALUES)
+    content.update(flat[::step].float().cpu().contiguous().numpy().tobytes())
