@@ -66,7 +66,7 @@ def write_atomically(
     Whatever goes wrong (a full disk, an interrupt), no temporary file stays behind and the old
     file stays as it was; the error goes on its way.
     """
-    content = safetensors.torch.save(dict(tensors), metadata=dict(metadata))
+    content = _in_order(safetensors.torch.save(dict(tensors), metadata=dict(metadata)))
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is only atomic within one file system.
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
@@ -79,6 +79,20 @@ def write_atomically(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its metadata sorted by key.
+
+    The library writes them in another order every time, and the same content is to be the same
+    file, byte for byte.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def _read_bounded(path: Path) -> bytes:
