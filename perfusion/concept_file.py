@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .concept_metadata import modelspec
 from .safe_file import refuse
 
 if TYPE_CHECKING:
@@ -157,13 +158,7 @@ def _metadata(concept: Concept) -> dict[str, str]:
         "layers": _compact(layers),
         "layer_suffix": suffix,
     }
-    described = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{concept.family}/perfusion",
-        "modelspec.implementation": "perfusion",
-        "modelspec.title": concept.placeholder,
-    }
-    return described | dict(concept.metadata) | own
+    return dict(concept.metadata) | modelspec(concept) | own
 
 
 def _compact(value: object) -> str:
