@@ -7,10 +7,12 @@ import re
 import time
 from pathlib import Path
 
+import comfyui_version
 import folder_paths
 import torch
 
 from ..perfusion.concept import Concept, load_concept, save_concept
+from ..perfusion.concept_metadata import with_origin
 from .numbered_files import EXTENSION, numbered_file
 
 logger = logging.getLogger("perfusion")
@@ -62,6 +64,12 @@ def fingerprint(name: str) -> str:
     """Changes whenever the file does."""
     status = concept_path(name).stat()
     return f"{status.st_mtime_ns} {status.st_size}"
+
+
+def signed(concept: Concept, images_hash: str = "") -> Concept:
+    """A newly trained concept that says which programs made it, and of which pictures."""
+    versions = {"ComfyUI": comfyui_version.__version__, "torch": torch.__version__}
+    return with_origin(concept, versions, images_hash)
 
 
 def write_concept(concept: Concept, filename_prefix: str) -> tuple[str, int]:

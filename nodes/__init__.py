@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .concepts import (
     PerfusionApplyConcepts,
+    PerfusionConceptInfo,
     PerfusionLoadConcept,
     PerfusionSaveConcept,
     PerfusionSetGate,
@@ -27,6 +28,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PerfusionSetGate,
     PerfusionScheduleGate,
     PerfusionSaveConcept,
+    PerfusionConceptInfo,
     PerfusionTrainConcept,
     PerfusionCovariance,
     PerfusionEditAssumption,
