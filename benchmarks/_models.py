@@ -51,7 +51,11 @@ _STRUCTURES: dict[str, dict[str, Any]] = {
 
 
 def random_model(
-    family: str, channels: int, device: torch.device, dtype: torch.dtype
+    family: str,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    disable_dynamic: bool = False,
 ) -> model_patcher.ModelPatcher:
     """A MODEL of a family ("sd1" or "sdxl") whose weights are noise of a plausible scale."""
     config_class = supported.SDXL if family == "sdxl" else supported.SD15
@@ -69,7 +73,11 @@ def random_model(
                 parameter.zero_()
             elif parameter.numel():
                 parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-    return model_patcher.CoreModelPatcher(base, load_device=device, offload_device=device)
+    kind = model_patcher.ModelPatcher if disable_dynamic else model_patcher.CoreModelPatcher
+    patcher = kind(base, load_device=device, offload_device=device)
+    # What lets ComfyUI make the model a second time, as its checkpoint loaders do.
+    patcher.cached_patcher_init = (random_model, (family, channels, device, dtype))
+    return patcher
 
 
 def text_encoder(family: str, layers: int | None = None) -> sd.CLIP:
