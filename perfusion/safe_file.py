@@ -17,6 +17,8 @@ FILE_LIMIT = 64 * 2**20
 HEADER_LIMIT = 4 * 2**20
 METADATA_LIMIT = 256
 DTYPES = ("F16", "BF16", "F32")
+# Ending of files that are being written; only a killed process leaves one behind.
+TEMPORARY = ".tmp"
 
 
 class ConceptFileError(ValueError):
@@ -61,15 +63,19 @@ def read_untrusted(
 def write_atomically(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a .safetensors file in one step: readers see the old file or the new one.
+    """Write a .safetensors file in one step (`replace_file`)."""
+    replace_file(path, _in_order(safetensors.torch.save(dict(tensors), metadata=dict(metadata))))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write any file in one step: readers see the old file or the new one.
 
     Whatever goes wrong (a full disk, an interrupt), no temporary file stays behind and the old
     file stays as it was; the error goes on its way.
     """
-    content = _in_order(safetensors.torch.save(dict(tensors), metadata=dict(metadata)))
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is only atomic within one file system.
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}{TEMPORARY}"
     try:
         with temporary.open("xb") as file:
             file.write(content)
