@@ -115,8 +115,11 @@ class Learner:
     def _encode(self, prompts: Sequence[str], follow: bool = True) -> Encoded:
         """Prompts encoded for this step; ``follow`` moves i, which happens once for each step."""
         self.optimizer.zero_grad()
+        different = list(dict.fromkeys(prompts))
         with torch.enable_grad():
-            encoded = self.denoiser.encode(prompts, self.embeddings)
+            encoded = self.denoiser.encode(different, self.embeddings)
+            if len(different) < len(prompts):
+                encoded = encoded.rows(torch.tensor([different.index(p) for p in prompts]))
         newest = last_marked(encoded, prompts, self.config.placeholder).detach().mean(0)
         if not bool(torch.isfinite(newest).all()):
             raise TrainingError("its text encoding holds NaN or infinity")

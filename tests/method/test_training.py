@@ -98,14 +98,13 @@ def test_the_edit_training_uses_is_equation_three_with_the_followed_input(denois
 @pytest.mark.parametrize("ema", [1.0, 0.0, 0.9])
 def test_the_input_follows_the_concepts_encoding_once_per_step(ema, denoiser, covariance):
     means: list[Tensor] = []
-    original = denoiser.encode
+    original = denoiser.errors
 
-    def watched(prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
-        encoded = original(prompts, embeddings)
+    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
         means.append(encoded.encodings[encoded.mask].detach().mean(0))
-        return encoded
+        return original(batch, encoded, edit)
 
-    denoiser.encode = watched  # type: ignore[method-assign]
+    denoiser.errors = watched  # type: ignore[method-assign]
     concept = train_concept(denoiser, config(steps=4, ema=ema), covariance).concept
     expected = concept.superclass_encoding
     for mean in means:
@@ -263,6 +262,20 @@ def test_each_image_is_learned_with_its_own_caption(denoiser, covariance):
     assert json.loads(concept.metadata["training"])["captions"] == list(captions)
     with pytest.raises(ValueError, match="each of the 5 images, found 4 captions"):
         train_concept(denoiser, config(captions=captions[:4]), covariance)
+
+
+def test_a_sentence_drawn_twice_is_encoded_once(denoiser, covariance):
+    encoded: list[int] = []
+    original = denoiser.encode
+
+    def watched(prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
+        assert len(set(prompts)) == len(prompts)
+        encoded.append(len(prompts))
+        return original(prompts, embeddings)
+
+    denoiser.encode = watched  # type: ignore[method-assign]
+    train_concept(denoiser, config(batch_size=9), covariance)
+    assert max(encoded) <= len(TEMPLATES)
 
 
 def test_every_variant_is_seen_and_noise_does_not_depend_on_the_grouping(denoiser, covariance):
