@@ -21,11 +21,14 @@ def interleaved(
     rounds: int,
     warmup: int = 1,
     synchronise: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each of `rounds` rounds, in turn, every second round backwards.
 
     Taking turns lets a slow spell of the machine hit all of them; compare medians, or the medians
-    of ratios within one round. `synchronise` waits for a device that works on its own.
+    of ratios within one round. `synchronise` waits for a device that works on its own. `clock` may
+    be `time.process_time`: on cores shared with anything else the processor time of one thread
+    tells small differences that the clock on the wall does not.
     """
     wait = synchronise or (lambda: None)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -33,11 +36,11 @@ def interleaved(
     for turn in range(-warmup, rounds):
         for name in names if turn % 2 else reversed(names):
             wait()
-            start = time.perf_counter()
+            start = clock()
             candidates[name]()
             wait()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
