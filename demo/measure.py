@@ -24,6 +24,7 @@ load_pack()
 from comfyui_perfusion.host.apply import apply_concepts  # noqa: E402
 from comfyui_perfusion.host.covariance import measure_covariance  # noqa: E402
 from comfyui_perfusion.host.small_model import load_small_model  # noqa: E402
+from comfyui_perfusion.host.training_images import encode_images  # noqa: E402
 from comfyui_perfusion.host.training_view import training_view  # noqa: E402
 from comfyui_perfusion.perfusion import (  # noqa: E402
     Concept,
@@ -80,7 +81,8 @@ class World:
         """A concept trained as the node does it."""
         images, masks = personal_pictures(subject, count, 0)
         words = config.superclass, config.placeholder
-        with training_view(self.model, self.clip, self.vae, images, masks, *words) as view:
+        shown = encode_images(self.vae, [images], [masks])
+        with training_view(self.model, self.clip, shown, *words) as view:
             return train_concept(view, config, self.covariance).concept
 
     def pictures(self, concepts: list[Concept], prompts: list[str], seed: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import comfy.clip_model
 import comfy.model_management
@@ -13,6 +13,15 @@ from torch import Tensor
 
 from .families import UnsupportedModelError, describe_model
 from .injection import set_injection
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+PRECISIONS: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_PLAIN = {*PRECISIONS.values(), torch.float64}
 
 
 def private_patcher(patcher: Any) -> Any:
@@ -78,10 +87,40 @@ def ordinary(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def training_dtype(patcher: Any) -> torch.dtype:
-    """The dtype to train a model in: its own, except fp16, whose gradients underflow."""
+def training_dtype(patcher: Any, precision: Precision = "auto") -> torch.dtype:
+    """The dtype to compute in. "auto": the model's own, except fp16.
+
+    Gradients underflow in fp16 unless the loss is scaled, so it is only taken when asked for.
+    "auto" then is bf16 where the device is fast at it, and fp32 elsewhere.
+    """
+    if precision != "auto":
+        return PRECISIONS[precision]
     dtype = patcher.model.get_dtype_inference()
     if dtype is not torch.float16:
         return dtype
     bf16 = comfy.model_management.should_use_bf16(patcher.load_device)
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def compute_in(patcher: Any, dtype: torch.dtype) -> None:
+    """Make a private model compute in a dtype; call it before it is loaded.
+
+    Its weights are converted, because a weight that is cast where it is used is kept a second time
+    for the backward pass. Weights stored in fewer than 16 bits or quantised stay what they are and
+    are cast where they are used: that is what their owner chose them for.
+    """
+    model = patcher.model
+    if stored_plainly(model.diffusion_model):
+        model.diffusion_model.to(dtype).dtype = dtype
+        model.manual_cast_dtype = None
+        patcher.size = 0  # measured anew when somebody asks
+    else:
+        patcher.set_model_compute_dtype(dtype)
+
+
+def stored_plainly(module: torch.nn.Module) -> bool:
+    """Whether all weights are ordinary tensors of 16 bits or more."""
+    return all(
+        type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in _PLAIN
+        for weight in module.parameters()
+    )

@@ -15,7 +15,7 @@ from ..perfusion.training_config import TrainingConfig
 from .caption_sources import CaptionSource, built_in
 from .concept_files import write_interrupted
 from .covariance import covariance_of
-from .training_images import check_images
+from .training_images import check_images, encode_images
 from .training_view import check_training, training_view
 
 logger = logging.getLogger("perfusion")
@@ -57,7 +57,7 @@ def train(
     words = config.superclass, config.placeholder
     # Measuring takes a while: what is wrong with the rest is said before.
     check_training(model, clip, *words)
-    check_images(images)
+    check_images([images])
     if covariance is None:
         covariance = covariance_with_progress(clip, source or built_in())
     progress = comfy.utils.ProgressBar(config.steps)
@@ -71,7 +71,8 @@ def train(
         if result.steps:
             write_interrupted(result.concept)
 
-    with training_view(model, clip, vae, images, mask, *words) as view:
+    pictures = encode_images(vae, [images], None if mask is None else [mask])
+    with training_view(model, clip, pictures, *words) as view:
         callbacks = TrainingCallbacks(on_step=on_step, on_partial=on_partial)
         result = train_concept(view, config, covariance, callbacks)
     if result.error is not None:

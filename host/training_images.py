@@ -1,21 +1,89 @@
-"""Training pictures: checked, encoded once, their masks on the latent grid."""
+"""Training pictures: checked, brought to size, encoded once, their masks on the latent grid."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .augment import render, subject_box, version_boxes
+from .buckets import Box, fit
+from .image_rows import check_images, size_of, training_rows
+
+__all__ = ["ImageOptions", "TrainingImages", "check_images", "encode_images"]
+
+logger = logging.getLogger("perfusion")
+
+# Enlarging by more than this, or cutting off more than this share, is worth a warning.
+_MUCH_LARGER = 1.5
+_MUCH_CUT = 0.25
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How training pictures are brought to size and varied.
+
+    Attributes:
+        resolution: 0 leaves pictures as they are, up to edges cut off for the VAE's pixels per
+            latent. Otherwise each gets about this number squared of pixels in its own aspect,
+            with sides that are multiples of 64 (`buckets.fit`).
+        flip: every version is also there mirrored, which doubles them. For things that look the
+            same mirrored only: no writing, no asymmetric faces.
+        crop: versions come closer; the largest share of each side that is cut off, 0 to 1.
+        zoom_out: versions go further away; the largest share of each side that is background
+            around the picture, 0 to 1. It is the picture's mirror image and is not learned.
+        variants: how many versions, the first the picture itself; the others need `crop` or
+            `zoom_out`.
+        alpha: whether transparency is a mask, where no masks are given.
+        seed: decides the versions.
+    """
+
+    resolution: int = 0
+    flip: bool = False
+    crop: float = 0.0
+    zoom_out: float = 0.0
+    variants: int = 1
+    alpha: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resolution < 0:
+            raise ValueError(
+                f"resolution: expected 0 or a number of pixels, found {self.resolution}"
+            )
+        for name in ("crop", "zoom_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 to below 1, found {getattr(self, name)}")
+        if self.variants < 1:
+            raise ValueError(f"variants: expected at least 1, found {self.variants}")
+        if (self.crop or self.zoom_out) and self.variants == 1:
+            raise ValueError(
+                f"variants: expected at least 2 with crop {self.crop} and zoom_out "
+                f"{self.zoom_out}, found 1, which is the picture as it is; set variants to 4"
+            )
+
+    @property
+    def closeness(self) -> int:
+        """How many different parts of each picture there are, mirrored ones not counted."""
+        return self.variants if self.crop or self.zoom_out else 1
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingImages:
-    """For each image its variants' latents (V, C, h, w) as the VAE makes them, their masks
-    (V, 1, h, w) or None for no masks, and its (width, height) in pixels.
+    """Pictures as the model is trained on them.
 
-    ``digest`` names pictures, masks and how they were changed.
+    Attributes:
+        latents: for each picture its versions (V, C, h, w) as the VAE makes them.
+        masks: for each picture the weights (V, 1, h, w) of its versions, or None for no masks.
+        sizes: for each picture (width, height) of its versions in pixels.
+        digest: 16 hexadecimal digits of the pixels, masks and options all this was made from.
     """
 
     latents: list[Tensor]
@@ -24,62 +92,119 @@ class TrainingImages:
     digest: str
 
 
-def encode_images(vae: Any, images: Tensor, mask: Tensor | None) -> TrainingImages:
-    """Encode pictures (B, H, W, 3) in 0..1 and bring their mask to the latent grid.
+def encode_images(
+    vae: Any,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor] | None = None,
+    options: ImageOptions | None = None,
+) -> TrainingImages:
+    """Encode pictures (B, H, W, 3 or 4) in 0..1 of any sizes; each row is one picture.
+
+    `masks` (B, H, W) or (H, W) in 0..1: one for each picture, or one for all. Without masks the
+    fourth channel, if any picture is transparent somewhere, is a mask. Options default to
+    pictures as they are.
 
     Raises:
-        ValueError: for no pictures, NaN among them, a mask of another number or size.
+        ValueError: for no pictures, NaN among them, pictures smaller than a latent; for masks of
+            another number or size, with weights outside 0..1, or empty where they are used.
     """
-    check_images(images)
-    masks = None if mask is None else _checked_mask(mask, images)
+    options = options or ImageOptions()
+    pictures, weights = training_rows(images, masks, options.alpha)
+    factor = vae.spacial_compression_encode()
+    fits = [fit(size_of(picture), options.resolution, factor) for picture in pictures]
+    _tell(Counter((size_of(p), box, size) for p, (box, size) in zip(pictures, fits, strict=True)))
+    if weights is None and options.zoom_out:
+        weights = [torch.ones_like(picture[..., 0]) for picture in pictures]
+    versions = _versions(fits, weights, options)
+    latents, grids = [], []
     with torch.no_grad():
-        pixels = images[..., :3]
-        latents = vae.encode(pixels)
-        if not bool(torch.isfinite(latents).all()):
-            raise ValueError(
-                "the VAE made NaN or infinity of the images; run it in another precision "
-                "(--fp32-vae) or use another VAE"
-            )
-        cropped = vae.vae_encode_crop_pixels(pixels)
-        if masks is not None:
-            # Three equal channels, so that the mask is cropped exactly as a picture is.
-            picture = masks[..., None].expand(-1, -1, -1, pixels.shape[-1])
-            edges = vae.vae_encode_crop_pixels(picture)[..., :1].movedim(-1, 1)
-            masks = torch.nn.functional.interpolate(edges, latents.shape[-2:], mode="area")
-    content = hashlib.sha256(pixels.float().cpu().contiguous().numpy().tobytes())
-    if masks is not None:
-        content.update(masks.float().cpu().contiguous().numpy().tobytes())
+        for at, (picture, (_, size)) in enumerate(zip(pictures, fits, strict=True)):
+            mask = None if weights is None else weights[at]
+            made = [render(picture, mask, box, size, flip) for box, flip in versions[at]]
+            latents.append(_encoded(vae, torch.stack([pixels for pixels, _ in made]), at))
+            if mask is not None:
+                stack = torch.stack([mask for _, mask in made if mask is not None])[:, None]
+                grids.append(
+                    torch.nn.functional.interpolate(stack, latents[at].shape[-2:], mode="area")
+                )
     return TrainingImages(
-        list(latents[:, None]),
-        None if masks is None else list(masks[:, None]),
-        [(cropped.shape[2], cropped.shape[1])] * len(latents),
-        content.hexdigest()[:16],
+        latents=latents,
+        masks=grids or None,
+        sizes=[size for _, size in fits],
+        digest=_digest(pictures, weights, options),
     )
 
 
-def check_images(images: Tensor) -> None:
-    """Raise ValueError unless these are pictures: (B, H, W, 3 or 4), finite, at least one."""
-    if images.ndim != 4 or images.shape[-1] not in (3, 4):
-        raise ValueError(
-            f"expected images (B, H, W, 3), found {tuple(images.shape)}; connect an IMAGE output"
+def _versions(
+    fits: list[tuple[Box, tuple[int, int]]], weights: list[Tensor] | None, options: ImageOptions
+) -> list[list[tuple[Box, bool]]]:
+    """For each picture its parts, plain ones first, then the same mirrored."""
+    generator = torch.Generator().manual_seed(options.seed)
+    if options.variants > options.closeness:
+        logger.info("without crop and zoom_out all versions of a picture are one; it is made once")
+    versions = []
+    for at, (box, _) in enumerate(fits):
+        subject = None
+        if weights is not None:
+            if not _has_weight(weights[at], box):
+                raise ValueError(
+                    f"the mask of image {at} is empty within the part that is used, "
+                    f"{box.width}x{box.height} from the middle; crop the image yourself"
+                )
+            subject = subject_box(weights[at], box)
+        boxes = version_boxes(
+            box, subject, options.closeness, options.crop, options.zoom_out, generator
         )
-    if 0 in images.shape:
-        raise ValueError(
-            f"expected at least one training image, found {tuple(images.shape)}; connect 4 to 6 "
-            "pictures of the thing"
-        )
-    if not bool(torch.isfinite(images).all()):
-        bad = [at for at, image in enumerate(images) if not bool(torch.isfinite(image).all())]
-        raise ValueError(f"expected finite images, found NaN or infinity in image {bad[0]}")
+        if weights is not None:
+            # A part between two masked places may hold neither.
+            boxes = [part if _has_weight(weights[at], part) else box for part in boxes]
+        flips = (False, True) if options.flip else (False,)
+        versions.append([(part, flip) for flip in flips for part in boxes])
+    return versions
 
 
-def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
-    masks = mask.float()
-    masks = masks[None] if masks.ndim == 2 else masks
-    count, height, width = images.shape[:3]
-    if masks.ndim != 3 or masks.shape[1:] != (height, width) or masks.shape[0] not in (1, count):
+def _has_weight(mask: Tensor, box: Box) -> bool:
+    return bool(mask[max(0, box.top) : box.bottom, max(0, box.left) : box.right].any())
+
+
+def _encoded(vae: Any, pixels: Tensor, at: int) -> Tensor:
+    latents = vae.encode(pixels)
+    if latents.ndim != 4:
         raise ValueError(
-            f"expected a mask for each of the {count} images of {width}x{height}, found "
-            f"{tuple(masks.shape)}; make the mask from the same pictures"
+            f"expected a VAE of pictures with latents (B, C, h, w), found {tuple(latents.shape)}; "
+            "use the one that belongs to the model"
         )
-    return masks.expand(count, -1, -1)
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError(
+            f"the VAE made NaN or infinity of image {at}; run it in another precision "
+            "(--fp32-vae) or use another VAE"
+        )
+    return latents
+
+
+def _tell(counts: Counter[tuple[tuple[int, int], Box, tuple[int, int]]]) -> None:
+    """Log what happens to pictures of each size."""
+    for (source, box, target), count in counts.items():
+        if source == target:
+            continue
+        share = 1 - box.width * box.height / (source[0] * source[1])
+        larger = target[0] / box.width
+        done = []
+        if share > 0:
+            done.append(f"cropped to the middle {box.width}x{box.height} ({share:.1%} cut off)")
+        if target != (box.width, box.height):
+            done.append(f"resized to {target[0]}x{target[1]}")
+        if larger > _MUCH_LARGER:
+            done.append(f"which is {larger:.1f} times enlarged: larger pictures would be sharper")
+        level = logging.WARNING if larger > _MUCH_LARGER or share > _MUCH_CUT else logging.INFO
+        pictures = "1 picture" if count == 1 else f"{count} pictures"
+        logger.log(level, "%s of %dx%d: %s", pictures, *source, ", ".join(done))
+
+
+def _digest(pictures: list[Tensor], weights: list[Tensor] | None, options: ImageOptions) -> str:
+    content = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+    for kind, tensors in (("images", pictures), ("masks", weights or [])):
+        for tensor in tensors:
+            content.update(f"{kind} {tuple(tensor.shape)}".encode())
+            content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]

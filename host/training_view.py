@@ -13,14 +13,23 @@ from torch import Tensor
 
 from ..perfusion.denoiser import Batch, Encoded
 from ..perfusion.rank_one import GatedEdit, Part
+from .checkpointing import checkpoint_blocks
 from .digests import weights_digest
 from .dispatch import Projection, install
 from .families import check_clip, cross_attentions, family_of
 from .native_loss import loss_weight, schedule
-from .private_copy import ordinary, private_clip, private_patcher, training_dtype, unload
+from .private_copy import (
+    Precision,
+    compute_in,
+    ordinary,
+    private_clip,
+    private_patcher,
+    training_dtype,
+    unload,
+)
 from .text import TextEncoders, Tokens
 from .tokens import PlaceholderError, is_existing_word, serve_vectors
-from .training_images import TrainingImages, encode_images
+from .training_images import TrainingImages
 
 _OWNER = 0
 
@@ -29,26 +38,27 @@ _OWNER = 0
 def training_view(
     model: Any,
     clip: Any,
-    vae: Any,
-    images: Tensor,
-    mask: Tensor | None,
+    pictures: TrainingImages,
     superclass: str,
     placeholder: str,
+    precision: Precision = "auto",
+    gradient_checkpointing: bool = False,
 ) -> Iterator[TrainingView]:
     """A `Denoiser` over private copies; everything is as before afterwards, whatever happens.
 
-    `images` (B, H, W, 3) in 0..1, `mask` (B, H, W), (1, H, W) or None. Within the context
-    autograd is on, whatever the caller's mode.
+    `pictures` are what `encode_images` made. `precision` is what the model computes in
+    (`training_dtype`). With `gradient_checkpointing` activations are computed again in the
+    backward pass instead of being kept: less memory, more time, the same gradients. Within the
+    context autograd is on, whatever the caller's mode.
 
     Raises:
-        ValueError: for pictures, a mask, a superclass or a placeholder that cannot be used.
+        ValueError: for a superclass or a placeholder that cannot be used.
         UnsupportedModelError: for a model or CLIP that cannot be trained on.
     """
     check_training(model, clip, superclass, placeholder)
     was_training = comfy.model_management.in_training
     private: list[Any] = []
     # The user's own models are handled in the caller's mode, in which their weights were made.
-    pictures = encode_images(vae, images, mask)
     for patcher in (clip.patcher, model):
         unload(patcher)
     with torch.inference_mode(False), torch.enable_grad():
@@ -57,12 +67,13 @@ def training_view(
             private.append(own_clip.patcher)
             own_model = private_patcher(model)
             private.append(own_model)
-            dtype = training_dtype(own_model)
-            if dtype is not own_model.model.get_dtype_inference():
-                own_model.set_model_compute_dtype(dtype)
+            compute_in(own_model, training_dtype(own_model, precision))
             comfy.model_management.in_training = True
             comfy.model_management.load_models_gpu(private, force_full_load=True)
-            yield TrainingView(own_model, own_clip, pictures, superclass, placeholder)
+            view = TrainingView(own_model, own_clip, pictures, superclass, placeholder)
+            if gradient_checkpointing:
+                view.checkpoint()
+            yield view
         finally:
             comfy.model_management.in_training = was_training
             for patcher in private:
@@ -81,7 +92,7 @@ class TrainingView:
         self._dtype = self._model.get_dtype_inference()
         self._superclass = superclass
         self._placeholder = placeholder
-        self._edit: GatedEdit | None = None
+        self._current = _Current()
         self._projections: dict[tuple[str, Part], Any] = {}
         self.layers: Mapping[str, int] = self._take_projections()
         self.family: str = family_of(self._model).name
@@ -93,7 +104,7 @@ class TrainingView:
         marker = {name: torch.zeros(width) for name, width in self._text.family.encoders.items()}
         self._marked = TextEncoders(serve_vectors(clip, placeholder, marker))
         self._sections: dict[str, dict[str, Tokens]] = {}
-        self.data_hash: str = weights_digest(model, pictures.digest)
+        self.data_hash: str = weights_digest(model, f"{pictures.digest} {self._dtype}")
         self._sizes = pictures.sizes
         self._latents = [
             self._model.process_latent_in(ordinary(latents)).to(self._device, torch.float32)
@@ -121,6 +132,12 @@ class TrainingView:
         """Height and width of an image on the latent grid."""
         height, width = self._latents[index].shape[-2:]
         return height, width
+
+    def checkpoint(self) -> None:
+        """Compute blocks of the model and of the text encoders again in the backward pass."""
+        # The backward pass comes after `errors`, so the second run brings its edit along.
+        checkpoint_blocks(self._model.diffusion_model, self._current.again)
+        checkpoint_blocks(self._text.clip.cond_stage_model)
 
     def initial_embeddings(self) -> dict[str, Tensor]:
         """Text encoder -> token vector (dim,) of the superclass, the mean over its sub-words."""
@@ -178,8 +195,7 @@ class TrainingView:
         noise = batch.noise(*clean.shape[1:]).to(clean)
         sigma = schedule(sampling, batch.timesteps).to(self._device)
         noisy = sampling.noise_scaling(sigma, noise, clean)
-        self._edit = edit
-        try:
+        with self._current.holding(edit):
             denoised = self._model.apply_model(
                 noisy,
                 sigma,
@@ -187,8 +203,6 @@ class TrainingView:
                 transformer_options={"optimized_attention_override": _attention},
                 **self._conditions(noisy, encoded, self._sizes[int(batch.indices[0])]),
             )
-        finally:
-            self._edit = None
         return (denoised - clean).square() * loss_weight(sampling, sigma)
 
     def masks(self, batch: Batch) -> Tensor | None:
@@ -202,7 +216,7 @@ class TrainingView:
             parts: tuple[tuple[Part, Any], ...] = (("k", layer.to_k), ("v", layer.to_v))
             for part, module in parts:
                 dispatcher = install(module)
-                dispatcher.put(_OWNER, _Trained(self, layer.name, part))
+                dispatcher.put(_OWNER, _Trained(self._current, layer.name, part))
                 self._projections[layer.name, part] = dispatcher
         return layers
 
@@ -237,16 +251,36 @@ class TrainingView:
         }
 
 
+class _Current:
+    """The edit in force while the model runs."""
+
+    def __init__(self) -> None:
+        self.edit: GatedEdit | None = None
+
+    @contextlib.contextmanager
+    def holding(self, edit: GatedEdit | None) -> Iterator[None]:
+        """Put an edit in force for a while."""
+        before, self.edit = self.edit, edit
+        try:
+            yield
+        finally:
+            self.edit = before
+
+    def again(self) -> contextlib.AbstractContextManager[None]:
+        """What puts the edit of now in force again, later."""
+        return self.holding(self.edit)
+
+
 class _Trained:
     """The edit under training in one projection."""
 
-    def __init__(self, view: TrainingView, layer: str, part: Part) -> None:
-        self._view = view
+    def __init__(self, current: _Current, layer: str, part: Part) -> None:
+        self._current = current
         self._layer = layer
         self._part: Part = part
 
     def apply(self, original: Projection, encodings: Tensor) -> Tensor:
-        edit = self._view._edit
+        edit = self._current.edit
         if edit is None:
             return original(encodings)
         return edit.apply(original, self._layer, self._part)

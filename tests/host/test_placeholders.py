@@ -15,6 +15,7 @@ from comfyui_perfusion.host.tokens import (
     serve_vectors,
     with_placeholders,
 )
+from comfyui_perfusion.host.training_images import encode_images
 from comfyui_perfusion.host.training_view import training_view
 
 import nodes as comfy_nodes
@@ -261,8 +262,9 @@ def test_a_superclass_of_several_sub_words_starts_as_their_mean_and_is_found_in_
     worlds, family, superclass
 ):
     model, clip = worlds.new_model(f"{family}_light"), worlds.clip(family)
-    pictures = torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(0))
-    with training_view(model, clip, worlds.vae(), pictures, None, superclass, "<new>") as view:
+    images = torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    pictures = encode_images(worlds.vae(), [images])
+    with training_view(model, clip, pictures, superclass, "<new>") as view:
         start = view.initial_embeddings()
         for name in start:
             ids = getattr(clip.tokenizer, f"clip_{name}").tokenizer(superclass)["input_ids"][1:-1]
