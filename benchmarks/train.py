@@ -41,6 +41,7 @@ from comfy import sd  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
 from comfyui_perfusion.host.captions import everyday_captions  # noqa: E402
 from comfyui_perfusion.host.covariance import measure_covariance  # noqa: E402
+from comfyui_perfusion.host.training_images import encode_images  # noqa: E402
 from comfyui_perfusion.host.training_view import TrainingView, training_view  # noqa: E402
 from comfyui_perfusion.perfusion import (  # noqa: E402
     Batch,
@@ -209,8 +210,9 @@ class Bench:
     def view(self) -> contextlib.AbstractContextManager[TrainingView]:
         """The model under training."""
         settings = {"gradient_checkpointing": True} if self.options.checkpointing else {}
-        inputs = self.model, self.clip, self.vae, self.images, None
-        return training_view(*inputs, **WORDS, **settings)
+        with torch.inference_mode():
+            pictures = encode_images(self.vae, [self.images], None)
+        return training_view(self.model, self.clip, pictures, **WORDS, **settings)
 
     def peer(self, seconds: list[float]) -> None:
         """A run of ComfyUI's Train LoRA node."""
