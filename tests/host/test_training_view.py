@@ -10,11 +10,10 @@ from comfyui_perfusion.host.apply import apply_concepts
 from comfyui_perfusion.host.families import UnsupportedModelError, cross_attentions
 from comfyui_perfusion.host.native_loss import schedule
 from comfyui_perfusion.host.tokens import PlaceholderError, serve_vectors
-from comfyui_perfusion.host.training_images import encode_images
-from comfyui_perfusion.host.training_view import training_view
-from comfyui_perfusion.perfusion import Batch, Direction, GatedEdit, gated_inputs
+from comfyui_perfusion.perfusion import GatedEdit, gated_inputs
 
-WORDS = {"superclass": "coffee mug", "placeholder": "<thing>"}
+from tests.host.training_world import batch_of, edit_for, view_of
+
 TYPES = {
     "noise": model_base.ModelType.EPS,
     "v": model_base.ModelType.V_PREDICTION,
@@ -27,33 +26,6 @@ def world(worlds):
     """A small SD1.x model with its text encoder and VAE, and three pictures."""
     images = torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     return worlds.new_model("small"), worlds.clip("sd1"), worlds.vae(), images
-
-
-def view_of(world, mask=None, **changes):
-    model, clip, vae, images = world
-    pictures = encode_images(vae, [images], None if mask is None else [mask])
-    return training_view(model, clip, pictures, **{**WORDS, **changes})
-
-
-def batch_of(*indices, seed=0):
-    timesteps = torch.linspace(0.1, 0.9, len(indices))
-    return Batch(
-        torch.tensor(indices),
-        torch.zeros(len(indices), dtype=torch.int64),
-        timesteps,
-        seed + torch.arange(len(indices)),
-    )
-
-
-def edit_for(view, encoded):
-    """An edit of all layers with outputs that can be trained."""
-    direction = view.encode_superclass(["a coffee mug"]).encodings[0, 3].detach().double()
-    inputs, gates = gated_inputs(encoded.encodings, [Direction(direction, direction, 0.7, 0.2)])
-    keys = {name: torch.ones(1, width) for name, width in view.layers.items()}
-    values = {
-        name: torch.full((1, width), 0.5, requires_grad=True) for name, width in view.layers.items()
-    }
-    return GatedEdit(inputs, gates, keys, values)
 
 
 def test_prompts_are_encoded_as_the_text_encode_node_does(world):
