@@ -1,0 +1,30 @@
+"""What a model wants to be told besides the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def extra_conditions(
+    model: Any, noisy: Tensor, device: torch.device, pooled: Tensor | None, size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Keyword arguments of a BaseModel's `apply_model` for latents (B, C, h, w).
+
+    `pooled` (B, P) or None is the pooled text, `size` the pictures' width and height in pixels;
+    SDXL wants both.
+    """
+    conditions = model.extra_conds(
+        noise=noisy,
+        device=device,
+        pooled_output=pooled,
+        prompt_type="positive",
+        width=size[0],
+        height=size[1],
+    )
+    return {
+        name: condition.process_cond(batch_size=noisy.shape[0], device=device, area=None).cond
+        for name, condition in conditions.items()
+    }
