@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import pytest
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfyui_perfusion.host.checkpointing import checkpoint_blocks
 from comfyui_perfusion.host.families import UnsupportedModelError, encoder_models
+from comfyui_perfusion.host.training_images import ImageOptions, encode_images
+from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.perfusion import Covariance, TrainingConfig, train_concept
 
 from tests.host.training_world import Kept, batch_of, edit_for, gradients, view_of
 
@@ -80,6 +84,40 @@ def test_blocks_run_again_in_the_backward_pass_and_only_then(world):
         with torch.no_grad():
             view.errors(batch_of(0), encoded, edit)
         assert len(runs) == 3
+
+
+def test_an_interrupt_during_the_backward_pass_arrives(world):
+    with view_of(world, gradient_checkpointing=True) as view:
+        encoded = view.encode(["a <thing>"], view.initial_embeddings())
+        loss = view.errors(batch_of(0), encoded, edit_for(view, encoded)).mean()
+        comfy.model_management.interrupt_current_processing(True)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            loss.backward()
+        assert view._current.edit is None
+    assert not comfy.model_management.in_training
+
+
+def test_training_in_parts_is_the_same_run_with_and_without(world):
+    model, clip, vae, images = world
+    smaller = torch.rand(1, 32, 64, 3, generator=torch.Generator().manual_seed(1))
+    pictures = encode_images(vae, [images, smaller], None, ImageOptions(flip=True))
+    config = TrainingConfig(
+        "<thing>", "mug", steps=2, batch_size=3, rows_at_once=1, learning_rate=0.003
+    )
+    runs = []
+    for checkpointing in (False, True):
+        with training_view(
+            model, clip, pictures, "mug", "<thing>", gradient_checkpointing=checkpointing
+        ) as view:
+            width = view.encode_superclass(["a mug"]).encodings.shape[-1]
+            identity = torch.eye(width, dtype=torch.float64)
+            covariance = Covariance(identity, 1, 1, "words", view.encoder_hash)
+            runs.append(train_concept(view, config, covariance))
+    plain, recomputed = (run.concept for run in runs)
+    assert runs[0].losses == runs[1].losses
+    assert torch.equal(plain.i, recomputed.i)
+    assert all(torch.equal(v, recomputed.embeddings[n]) for n, v in plain.embeddings.items())
+    assert all(torch.equal(v, recomputed.o_v[n]) for n, v in plain.o_v.items())
 
 
 def test_a_module_without_blocks_is_refused():

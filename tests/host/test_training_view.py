@@ -10,9 +10,11 @@ from comfyui_perfusion.host.apply import apply_concepts
 from comfyui_perfusion.host.families import UnsupportedModelError, cross_attentions
 from comfyui_perfusion.host.native_loss import schedule
 from comfyui_perfusion.host.tokens import PlaceholderError, serve_vectors
-from comfyui_perfusion.perfusion import GatedEdit, gated_inputs
+from comfyui_perfusion.host.training_images import ImageOptions, encode_images
+from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.perfusion import Batch, GatedEdit, gated_inputs
 
-from tests.host.training_world import batch_of, edit_for, view_of
+from tests.host.training_world import WORDS, batch_of, edit_for, view_of
 
 TYPES = {
     "noise": model_base.ModelType.EPS,
@@ -84,7 +86,8 @@ def test_a_model_of_another_prediction_type_is_refused_by_name(worlds, world):
 def test_sdxl_is_told_the_pooled_text_and_the_size_of_the_pictures(worlds, world):
     model, clip = worlds.model("sdxl"), worlds.clip("sdxl")
     seen = {}
-    with view_of((model, clip, *world[2:])) as view:
+    images = torch.rand(2, 40, 64, 3)
+    with view_of((model, clip, world[2], images)) as view:
         encoded = view.encode(["a <thing>", "the <thing>"], view.initial_embeddings())
         unet = view._model.diffusion_model
         original = unet.forward
@@ -96,7 +99,7 @@ def test_sdxl_is_told_the_pooled_text_and_the_size_of_the_pictures(worlds, world
         unet.forward = forward
         view.errors(batch_of(0, 1), encoded, None)
     embedder = model.model.embedder
-    sizes = [embedder(torch.tensor([float(x)])) for x in (32, 32, 0, 0, 32, 32)]
+    sizes = [embedder(torch.tensor([float(x)])) for x in (40, 64, 0, 0, 40, 64)]
     expected = torch.cat([encoded.extra, torch.cat(sizes).flatten().repeat(2, 1)], dim=1)
     assert encoded.extra.shape == (2, 1280)
     assert torch.equal(seen["y"], expected)
@@ -234,6 +237,30 @@ def test_masks_are_those_of_the_images_of_the_batch(world):
     expected = torch.zeros(2, 1, 4, 4)
     expected[0, 0, 3, 3] = expected[1, 0, 0, 0] = 1
     assert torch.equal(found, expected)
+
+
+def test_pictures_of_two_sizes_in_two_versions_are_told_apart(world):
+    model, clip, vae, images = world
+    wide = torch.rand(1, 32, 64, 3, generator=torch.Generator().manual_seed(7))
+    masks = [torch.rand(3, 32, 32), torch.rand(1, 32, 64)]
+    pictures = encode_images(vae, [images, wide], masks, ImageOptions(flip=True))
+    with training_view(model, clip, pictures, **WORDS) as view:
+        assert (view.image_count, view.variant_count) == (4, 2)
+        assert [view.shape(at) for at in range(4)] == [(4, 4), (4, 4), (4, 4), (4, 8)]
+        encoded = view.encode(["a <thing>", "the <thing>"], view.initial_embeddings())
+        both = Batch(
+            torch.tensor([3, 3]),
+            torch.tensor([0, 1]),
+            torch.tensor([0.5, 0.5]),
+            torch.zeros(2).long(),
+        )
+        errors, weights = view.errors(both, encoded, None), view.masks(both)
+    assert errors.shape == (2, 4, 4, 8)
+    torch.testing.assert_close(weights[0], weights[1].flip(-1))
+    # With one seed both rows get the same noise, so only the picture differs.
+    clean = model.model.process_latent_in(torch.cat([pictures.latents[3]]))
+    assert not torch.allclose(clean[0], clean[1])
+    assert not torch.allclose(errors[0], errors[1])
 
 
 def test_without_a_mask_there_is_none(world):
