@@ -68,9 +68,18 @@ def write_results(
     """Write benchmarks/results/<name>.json; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"machine": machine(), "settings": dict(settings), "rows": [dict(r) for r in rows]}
+    named = {key: _name(value) for key, value in settings.items()}
+    content = {"machine": machine(), "settings": named, "rows": [dict(r) for r in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _name(value: object) -> object:
+    """A path as it is within the repository, whoever's folder that lies in."""
+    root = RESULTS.parent.parent
+    text = str(value)
+    inside = Path(text).is_absolute() and Path(text).is_relative_to(root)
+    return str(Path(text).relative_to(root)) if inside else value
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
