@@ -48,7 +48,7 @@ def test_what_is_announced_is_kept(worlds, family, checkpointing):
     assert text.size < announced_text < (6 if checkpointing else 1.5) * text.size
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl_light"])
+@pytest.mark.parametrize("family", ["sd1_light", "sdxl_light"])
 def test_checkpointing_precision_and_size_change_what_is_announced(worlds, family):
     world = world_of(worlds, family)
     plain = estimate(world)

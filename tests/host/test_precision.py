@@ -148,7 +148,8 @@ def test_fp8_weights_can_be_computed_with_in_half_precision(worlds, world, preci
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_few_steps_in_half_precision_end_near_those_in_fp32(world, precision):
     config = TrainingConfig(
-        "<thing>", "mug", steps=3, batch_size=2, learning_rate=0.003, embedding_learning_rate=1e-3
+        *("<thing>", "mug", 3, 2, 0.003, 0.001),
+        templates=("a photo of a {}", "the {}"),
     )
     losses = []
     for each in ("fp32", precision):
