@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from demo.world import personal_pictures, world_weights  # noqa: E402
 from ._report import print_table, write_results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-PERSONAL, PHOTOS, ANY, TWO = "personal things", "photographs", "any picture", "two things"
+SETS = PERSONAL, PHOTOS, ANY, TWO = "personal things", "photographs", "any picture", "two things"
 FIRST_SEED = 7_200_000
 STEPS = 150
 PARTS = {
@@ -67,11 +68,14 @@ Pictures = tuple[Tensor, Tensor]
 """Images (B, 48, 48, 3) and where the first thing is (B, 48, 48)."""
 
 
-def picture_sets(count: int) -> dict[tuple[str, str], tuple[Pictures, str]]:
+def picture_sets(
+    count: int, names: Sequence[str] = SETS
+) -> dict[tuple[str, str], tuple[Pictures, str]]:
     """(set, kind or name) -> pictures of it, and the word for it."""
     sets = {
         (PERSONAL, subject): (personal_pictures(subject, count, 0), superclass_of(subject))
         for subject in SUBJECTS
+        if PERSONAL in names
     }
     for index, kind in enumerate(CLASS_NAMES):
         seed = FIRST_SEED + 10 * index
@@ -80,7 +84,8 @@ def picture_sets(count: int) -> dict[tuple[str, str], tuple[Pictures, str]]:
             ANY: sample_specs(count, seed + 3, two_share=0.0),
             TWO: sample_specs(count, seed + 6, two_share=1.0),
         }
-        for name, specs in drawn.items():
+        for name in [name for name in names if name in drawn]:
+            specs = drawn[name]
             specs.kind[:, 0] = index
             others = torch.arange(count) % (len(CLASS_NAMES) - 1)
             specs.kind[:, 1] = (index + 1 + others) % len(CLASS_NAMES)
@@ -108,7 +113,7 @@ def mask_rows(models: tuple[Any, Any, Any], count: int) -> list[dict[str, Any]]:
                 "pictures": len(images),
             }
         )
-    for name in (PERSONAL, PHOTOS, ANY, TWO):
+    for name in SETS:
         own = [row for row in rows if row["pictures of"] == name]
         means = {key: statistics.mean(row[key] for row in own) for key in ("IoU", "whole picture")}
         worst = min(own, key=lambda row: row["IoU"])
@@ -127,9 +132,7 @@ def mask_rows(models: tuple[Any, Any, Any], count: int) -> list[dict[str, Any]]:
 
 def part_rows(models: tuple[Any, Any, Any], count: int) -> list[dict[str, Any]]:
     """A row for each way to make masks: mean IoU, and that of the worst kind."""
-    sets = {
-        key: value for key, value in picture_sets(count).items() if key[0] in (PERSONAL, PHOTOS)
-    }
+    sets = picture_sets(count, (PERSONAL, PHOTOS))
     rows = []
     for way, (alike, edges) in PARTS.items():
         options = AutoMaskOptions(MaskOptions(edges=edges), self_attention=alike)
