@@ -16,8 +16,9 @@ _GIGABYTE = 1e9
 _TOKENS = 77
 # Gradients of the newest activations beside the activations themselves, and the rest of a step.
 _GRADIENTS = 4
-# What allocators and libraries take besides.
+# What allocators and libraries take besides; the bytes are those of a measured step on a CPU.
 _MARGIN = 1.1
+_WORKSPACE = 250_000_000
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class MemoryEstimate:
     Attributes:
         weights: the private copy of the model.
         text: the private copy of the text encoders and what they keep of a step.
-        activations: what the model keeps of a step, and its gradients.
+        activations: what the model keeps of a step, its gradients, and room to work.
         encoding: the VAE while pictures are encoded, before the rest is needed.
         free: what the device can make room for.
         device: its name.
@@ -78,7 +79,8 @@ def estimate_memory(
     """Estimate for `rows` latents (height, width) computed together in a dtype.
 
     The activations are counted by running the UNet's own structure without contents; the text
-    encoders' are calculated from their sizes. What cannot be known is left to a margin of 10 %.
+    encoders' are calculated from their sizes. What cannot be known is left to a margin of 10 % and
+    a quarter of a gigabyte.
     Takes about two seconds for SDXL.
     """
     unet = model.model.diffusion_model
@@ -99,7 +101,7 @@ def estimate_memory(
         weights=weights,
         text=comfy.model_management.module_size(clip.cond_stage_model)
         + int(_kept_by_text(clip, rows, checkpointing) * _MARGIN),
-        activations=int(activations * _MARGIN),
+        activations=int(activations * _MARGIN) + _WORKSPACE,
         encoding=int(vae.memory_used_encode(pixels, vae.vae_dtype)) + vae.patcher.model_size(),
         free=free_memory(model.load_device),
         device=str(model.load_device),

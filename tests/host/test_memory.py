@@ -7,6 +7,7 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
+from comfyui_perfusion.host import memory
 from comfyui_perfusion.host.activations import kept_by_unet
 from comfyui_perfusion.host.memory import MemoryEstimate, estimate_memory
 
@@ -52,13 +53,16 @@ def test_what_is_announced_is_kept(worlds, family, checkpointing):
 def test_checkpointing_precision_and_size_change_what_is_announced(worlds, family):
     world = world_of(worlds, family)
     plain = estimate(world)
-    assert estimate(world, checkpointing=True).activations < 0.6 * plain.activations
+
+    def activations(**changes):
+        # Beside the room to work, which is the same for all.
+        return estimate(world, **changes).activations - memory._WORKSPACE
+
+    assert activations(checkpointing=True) < 0.6 * activations()
     assert estimate(world, dtype=torch.bfloat16).weights == plain.weights / 2
-    assert estimate(world, dtype=torch.bfloat16).activations == pytest.approx(
-        plain.activations / 2, rel=0.05
-    )
-    assert estimate(world, rows=4).activations == pytest.approx(2 * plain.activations, rel=0.05)
-    assert estimate(world, side=256).activations > 3 * plain.activations
+    assert activations(dtype=torch.bfloat16) == pytest.approx(activations() / 2, rel=0.05)
+    assert activations(rows=4) == pytest.approx(2 * activations(), rel=0.05)
+    assert activations(side=256) > 3 * activations()
     assert plain.encoding > world[2].patcher.model_size()
 
 
@@ -80,7 +84,8 @@ def test_weights_stored_in_fp8_count_as_they_are_and_as_they_are_cast(worlds):
     stored = estimate(world)
     assert stored.weights < plain.weights / 3.9
     assert stored.activations == pytest.approx(plain.activations + 1.1 * 4 * weights, rel=0.01)
-    assert estimate(world, checkpointing=True).activations < stored.activations / 2
+    few = estimate(world, checkpointing=True).activations - memory._WORKSPACE
+    assert few < (stored.activations - memory._WORKSPACE) / 2
 
 
 def test_the_statement_says_what_for_and_what_to_do():
