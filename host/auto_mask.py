@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,12 +105,13 @@ def auto_mask(
         side = options.resolution or _SIDES[family.name] * factor
         work = _working_size(images.shape[1:3], side, factor * _coarsening(model.model))
         latents = _latents(model, vae, pictures, work)
-        with _loaded(model, latents) as own:
-            maps, cell = _looks(own, latents, prompt, work, options)
+        maps, cell = _looks(_loaded(model, latents), latents, prompt, work, options)
         # Edges need no more than this; finer ones are the picture's own again.
         shrink = max(1, round(max(work) / _EDGES))
         edges = work[0] // shrink, work[1] // shrink
-        found = soft_masks(maps, pictures, edges, max(1, cell // shrink), options.masks)
+        found = soft_masks(
+            maps.to(pictures.device), pictures, edges, max(1, cell // shrink), options.masks
+        )
         shown = overlay(images[..., :3].float(), found.masks)
     report = _report(word, found)
     if not bool(found.found.all()):
@@ -184,19 +183,14 @@ def _latents(model: Any, vae: Any, pictures: Tensor, work: Grid) -> Tensor:
     return latents
 
 
-@contextlib.contextmanager
-def _loaded(model: Any, latents: Tensor) -> Iterator[Any]:
+def _loaded(model: Any, latents: Tensor) -> Any:
     """A clone of a patcher without applied concepts, loaded as sampling would load it."""
     own = model.clone()
     own.is_injected = False
     set_injection(own, None)
     needed = own.memory_required([_ROWS, *latents.shape[1:]])
     comfy.model_management.load_models_gpu([own], memory_required=needed)
-    try:
-        own.pre_run()
-        yield own
-    finally:
-        own.cleanup()
+    return own
 
 
 def _looks(
@@ -225,7 +219,7 @@ def _looks(
             _denoise(model, noisy, sigma, prompt, work, watch)
             progress.update_absolute(at * len(sigmas) + start + len(sigma))
         map_, coarsest = watch.result()
-        maps.append(map_.cpu())
+        maps.append(map_.to(latents.device))
         cell = max(1, round(work[0] / coarsest))
     return torch.stack(maps), cell
 
@@ -260,5 +254,5 @@ def _report(word: str, found: SoftMasks) -> str:
                 f"{word!r} is looked at about equally everywhere, so all of the picture is in its "
                 "mask; use another word for the thing, or paint the mask"
             )
-        lines.append(f"image {at}: {said}")
+        lines.append(said if len(covered) == 1 else f"image {at}: {said}")
     return "\n".join(lines)
