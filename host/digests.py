@@ -10,15 +10,20 @@ from torch import Tensor
 
 # How many values of each weight tell one model from another.
 _HASHED_VALUES = 16
+# Checkpoints of most text encoders lack it, and ComfyUI then leaves it as it found the memory.
+_MAY_BE_UNFILLED = "text_projection.weight"
 
 
 def weights_digest(patcher: Any, more: str = "") -> str:
     """16 hexadecimal digits for the weights of a patcher, the patches on it, and some text.
 
-    Of every weight, values spread over all of it are looked at.
+    Of every weight, values spread over all of it are looked at; except of the projection with
+    which a text encoder was trained beside pictures, where there may be anything.
     """
     content = hashlib.sha256(more.encode())
     for key, (weight, *patches) in sorted(patcher.get_key_patches().items()):
+        if key.endswith(_MAY_BE_UNFILLED):
+            continue
         content.update(key.encode())
         _hash_values(content, weight[0])
         for strength, patch, *_ in patches:
