@@ -1,24 +1,44 @@
-"""Training a concept inside a ComfyUI prompt: progress, interrupts, nothing lost."""
+"""Training a concept inside a ComfyUI prompt: checked first, shown while it goes, nothing lost."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 from torch import Tensor
 
+from ..perfusion.concept import Concept
 from ..perfusion.covariance import Covariance, Positions
-from ..perfusion.training import Progress, TrainingCallbacks, TrainingResult, train_concept
+from ..perfusion.training import TrainingResult
 from ..perfusion.training_config import TrainingConfig
 from .caption_sources import CaptionSource, built_in
-from .concept_files import write_interrupted
+from .concept_files import signed
 from .covariance import covariance_of
-from .training_images import check_images, encode_images
+from .image_rows import training_rows
+from .memory import MemoryEstimate, estimate_memory
+from .private_copy import training_dtype
+from .samples import Painter
+from .selection import score_checkpoints
+from .session import Session
+from .training_images import TrainingImages, encode_images
+from .training_options import TrainingOptions
 from .training_view import check_training, training_view
 
 logger = logging.getLogger("perfusion")
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The concept to use, the whole run, its samples (1, H, W, 3) in 0..1, and a text about it."""
+
+    concept: Concept
+    result: TrainingResult
+    samples: Tensor
+    report: str
 
 
 def covariance_with_progress(
@@ -38,47 +58,108 @@ def train(
     model: Any,
     clip: Any,
     vae: Any,
-    images: Tensor,
-    mask: Tensor | None,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
     covariance: Covariance | None,
     config: TrainingConfig,
+    options: TrainingOptions | None = None,
     source: CaptionSource | None = None,
-) -> TrainingResult:
-    """Train a concept with a progress bar; the models are afterwards what they were before.
+    clip_vision: Any = None,
+) -> Trained:
+    """Train a concept; the models are afterwards what they were before, whatever happens.
 
-    Without a covariance, that of `source` (by default the built-in captions) is found on disk or
-    measured first. May be interrupted at every step.
-    What was learned until then is saved beside the concepts, and so it is when training fails
-    half-way.
+    `images` and `masks` as `training_images.encode_images` takes them. `options` come on top of
+    `config`. Without a covariance, that of `source` (by default the built-in captions) is found on
+    disk or measured first. With a CLIP vision model the best of the concepts that were sampled is
+    returned, without it the last. May be interrupted anywhere: what was learned is then in the
+    run's folder (`runs.Run`), from which the same training goes on.
 
     Raises:
         ValueError: for input that cannot be trained on, and when training met NaN.
+        MemoryError: when memory does not suffice for one picture at a time.
     """
+    options = options or TrainingOptions()
+    config = options.applied_to(config)
     words = config.superclass, config.placeholder
-    # Measuring takes a while: what is wrong with the rest is said before.
+    # Measuring and encoding take a while: what is wrong is said before.
     check_training(model, clip, *words)
-    check_images([images])
+    training_rows(images, masks, options.images.alpha)
+    if clip_vision is not None and not options.prompts_for(config.placeholder):
+        raise ValueError(
+            "clip_vision: expected samples to choose the best checkpoint by, found sample_every "
+            "0; set it to 50 or so, or disconnect clip_vision"
+        )
     if covariance is None:
         covariance = covariance_with_progress(clip, source or built_in())
-    progress = comfy.utils.ProgressBar(config.steps)
+    pictures = encode_images(vae, images, masks, replace(options.images, seed=config.seed))
+    memory = _memory(model, clip, vae, pictures, config, options)
+    logger.log(logging.INFO if memory.fits else logging.WARNING, "%s", memory.statement())
 
-    def on_step(done: Progress) -> None:
-        logger.debug("step %d of %d, loss %.5f", done.step, config.steps, done.smoothed.mean)
-        progress.update_absolute(done.step, config.steps)
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    def sign(concept: Concept) -> Concept:
+        return signed(concept, pictures.digest)
 
-    def on_partial(result: TrainingResult) -> None:
-        if result.steps:
-            write_interrupted(result.concept)
-
-    pictures = encode_images(vae, [images], None if mask is None else [mask])
-    with training_view(model, clip, pictures, *words) as view:
-        callbacks = TrainingCallbacks(on_step=on_step, on_partial=on_partial)
-        result = train_concept(view, config, covariance, callbacks)
+    painter, session = Painter(vae), None
+    try:
+        with training_view(
+            *(model, clip, pictures, *words), options.precision, options.gradient_checkpointing
+        ) as view:
+            session = Session(view, painter, config, options, covariance, sign)
+            result = session.train()
+            plain = None if clip_vision is None else session.plain_pictures()
+    except Exception as error:
+        if not comfy.model_management.is_oom(error):
+            raise
+        saved = "nothing was learned yet" if session is None else session.saved
+        raise MemoryError(
+            f"not enough memory to train, not even with one picture at once ({memory.statement()});"
+            " switch gradient checkpointing on, make the resolution smaller, or use bf16 in the "
+            f"training options; {saved}"
+        ) from error
     if result.error is not None:
-        saved = f", saved as {write_interrupted(result.concept)}" if result.steps else ""
+        session.keep_partial(result)
         raise ValueError(
-            f"training stopped after {result.steps} good steps{saved}: {result.error}; check the "
-            "images and the model's precision, or lower the learning rates"
+            f"training stopped after {result.steps} good steps: {result.error}; check the images "
+            f"and the model's precision, or lower the learning rates; {session.saved}"
         )
-    return result
+    concept, lines = sign(result.concept), _lines(session, result, memory)
+    if plain is not None:
+        found = session.checkpoints()
+        selection = score_checkpoints(
+            clip_vision, clip, found, images, session.settings.prompts, plain
+        )
+        concept = selection.best.concept
+        lines += [f"chosen: step {selection.best.step}", selection.report]
+    return Trained(concept, result, session.picture(), "\n".join(lines))
+
+
+def _memory(
+    model: Any,
+    clip: Any,
+    vae: Any,
+    pictures: TrainingImages,
+    config: TrainingConfig,
+    options: TrainingOptions,
+) -> MemoryEstimate:
+    """What the largest of the pictures will need."""
+    grids = ((latents.shape[-2], latents.shape[-1]) for latents in pictures.latents)
+    return estimate_memory(
+        *(model, clip, vae),
+        rows=min(options.rows_at_once or config.batch_size, config.batch_size),
+        latent=max(grids, key=lambda grid: grid[0] * grid[1]),
+        dtype=training_dtype(model, options.precision),
+        checkpointing=options.gradient_checkpointing,
+    )
+
+
+def _lines(session: Session, result: TrainingResult, memory: MemoryEstimate) -> list[str]:
+    """What there is to say of a run that finished."""
+    begun = f" (continued from step {session.began_at})" if session.began_at else ""
+    smoothed = [means.mean for means in result.record.smoothed()]
+    lines = [
+        f"{result.steps} steps{begun}, smoothed loss {smoothed[0]:.4g} to {smoothed[-1]:.4g}",
+        f"files: {session.run.folder}",
+        memory.statement(),
+    ]
+    if session.run.problem:
+        lines.append(session.run.problem)
+    return lines

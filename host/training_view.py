@@ -87,6 +87,9 @@ class TrainingView:
     def __init__(
         self, model: Any, clip: Any, pictures: TrainingImages, superclass: str, placeholder: str
     ) -> None:
+        # The private copies themselves, for whoever draws with them.
+        self.patcher: Any = model
+        self.clip: Any = clip
         self._model = model.model
         self._device = model.load_device
         self._dtype = self._model.get_dtype_inference()

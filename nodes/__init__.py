@@ -19,8 +19,10 @@ from .editing import (
     PerfusionPreserve,
     PerfusionSaveEdit,
 )
+from .masks import PerfusionAutoMask
 from .schedule import PerfusionScheduleGate
 from .training import PerfusionCovariance, PerfusionTrainConcept
+from .training_options import PerfusionTrainingOptions
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     PerfusionApplyConcepts,
@@ -30,6 +32,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PerfusionSaveConcept,
     PerfusionConceptInfo,
     PerfusionTrainConcept,
+    PerfusionTrainingOptions,
+    PerfusionAutoMask,
     PerfusionCovariance,
     PerfusionEditAssumption,
     PerfusionEraseConcepts,

@@ -9,3 +9,4 @@ PreserveKind = io.Custom("PERFUSION_PRESERVE")
 CovarianceKind = io.Custom("PERFUSION_COVARIANCE")
 # What ComfyUI's own Plot Loss Graph node takes.
 LossMapKind = io.Custom("LOSS_MAP")
+TrainingOptionsKind = io.Custom("PERFUSION_TRAINING_OPTIONS")

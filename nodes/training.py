@@ -13,9 +13,12 @@ from ..host.captions import COUNT
 from ..host.covariance import describe
 from ..host.families import family_of_clip
 from ..host.train import covariance_with_progress, train
+from ..host.training_options import TrainingOptions, captions_of
 from ..perfusion.covariance import Covariance, Positions
+from ..perfusion.prompts import captions_for
 from ..perfusion.training_config import TrainingConfig
-from .kinds import ConceptKind, CovarianceKind, LossMapKind
+from .kinds import ConceptKind, CovarianceKind, LossMapKind, TrainingOptionsKind
+from .lists import first_or_none, only
 
 CATEGORY = "perfusion/training"
 SMALL_WORLD_CAPTIONS = 600
@@ -32,15 +35,19 @@ class PerfusionTrainConcept(io.ComfyNode):
             display_name="Train Concept (Perfusion)",
             category=CATEGORY,
             description="Learns a thing from 4 to 6 pictures. The model itself is not changed. "
-            "Cancelling keeps what was learned, in models/perfusion/interrupted.",
+            "Cancelling keeps what was learned, in models/perfusion/runs, and training again goes "
+            "on from there.",
             search_aliases=["perfusion", "textual inversion", "dreambooth", "personalize"],
+            # Pictures of several sizes cannot be one batch; they come as a list.
+            is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to learn with; it stays as it is."),
                 io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.Image.Input(
                     "images",
-                    tooltip="4 to 6 pictures of the thing in different places, all of one size.",
+                    tooltip="4 to 6 pictures of the thing in different places: a batch, or a list "
+                    "of pictures of any sizes.",
                 ),
                 io.String.Input(
                     "superclass",
@@ -101,13 +108,48 @@ class PerfusionTrainConcept(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the thing is in each picture; the rest is not learned.",
+                    tooltip="White where the thing is in each picture; the rest is not learned. "
+                    "One for each picture, or one for all.",
+                ),
+                TrainingOptionsKind.Input(
+                    "options",
+                    optional=True,
+                    tooltip="More settings, from the Training Options node.",
+                ),
+                io.String.Input(
+                    "captions",
+                    optional=True,
+                    force_input=True,
+                    tooltip="What is in each picture, with the placeholder where the thing is "
+                    "named: a list, or one a line. Without them built-in sentences are used.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Scores the samples: the concept that is most like the pictures and "
+                    "still follows its prompts is returned, instead of the last one.",
                 ),
             ],
             outputs=[
                 ConceptKind.Output(display_name="concept", tooltip="What was learned."),
                 LossMapKind.Output(
-                    display_name="loss_map", tooltip="The loss of each step, for Plot Loss Graph."
+                    display_name="loss_map",
+                    tooltip="The loss after each step for Plot Loss Graph, smoothed for each "
+                    "quarter of the noise levels, so that it can be compared between steps.",
+                ),
+                io.Image.Output(
+                    display_name="samples",
+                    tooltip="What the concept drew while it was learned: a row for each prompt, a "
+                    "column for each sampled step from the first to the last.",
+                ),
+                io.String.Output(
+                    display_name="loss_csv",
+                    tooltip="The losses of every step as comma-separated values.",
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="How training went, where its files are, the memory expected, and with "
+                    "clip_vision the score of every sample.",
                 ),
             ],
         )
@@ -115,33 +157,57 @@ class PerfusionTrainConcept(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        clip: Any,
-        vae: Any,
-        images: Tensor,
-        superclass: str,
-        placeholder: str,
-        steps: int,
-        batch_size: int,
-        learning_rate: float,
-        embedding_learning_rate: float,
-        seed: int,
-        covariance: Covariance | None = None,
-        mask: Tensor | None = None,
+        model: list[Any],
+        clip: list[Any],
+        vae: list[Any],
+        images: list[Tensor],
+        superclass: list[str],
+        placeholder: list[str],
+        steps: list[int],
+        batch_size: list[int],
+        learning_rate: list[float],
+        embedding_learning_rate: list[float],
+        seed: list[int],
+        covariance: list[Covariance] | None = None,
+        mask: list[Tensor] | None = None,
+        options: list[TrainingOptions] | None = None,
+        captions: list[str] | None = None,
+        clip_vision: list[Any] | None = None,
     ) -> io.NodeOutput:
-        """PERFUSION_CONCEPT, LOSS_MAP."""
+        """PERFUSION_CONCEPT, LOSS_MAP, IMAGE, STRING, STRING; samples and report on the node."""
+        word = only("placeholder", placeholder).strip()
+        text_encoder = only("clip", clip)
+        statistics = first_or_none("covariance", covariance)
+        count = sum(len(batch) for batch in images)
         config = TrainingConfig(
-            placeholder=placeholder.strip(),
-            superclass=superclass.strip(),
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            embedding_learning_rate=embedding_learning_rate,
-            seed=seed,
+            placeholder=word,
+            superclass=only("superclass", superclass).strip(),
+            steps=only("steps", steps),
+            batch_size=only("batch_size", batch_size),
+            learning_rate=only("learning_rate", learning_rate),
+            embedding_learning_rate=only("embedding_learning_rate", embedding_learning_rate),
+            seed=only("seed", seed),
+            captions=captions_for(captions_of(captions, count), word) if captions else (),
         )
-        source = default_captions(clip) if covariance is None else None
-        result = train(model, clip, vae, images, mask, covariance, config, source)
-        return io.NodeOutput(result.concept, {"loss": list(result.losses)})
+        trained = train(
+            *(only("model", model), text_encoder, only("vae", vae), images, mask),
+            statistics,
+            config,
+            first_or_none("options", options),
+            default_captions(text_encoder) if statistics is None else None,
+            first_or_none("clip_vision", clip_vision),
+        )
+        record = trained.result.record
+        shown = {**ui.PreviewImage(trained.samples).as_dict()}
+        shown |= ui.PreviewText(trained.report).as_dict()
+        return io.NodeOutput(
+            trained.concept,
+            {"loss": [means.mean for means in record.smoothed()]},
+            trained.samples,
+            record.csv(),
+            trained.report,
+            ui=shown,
+        )
 
 
 class PerfusionCovariance(io.ComfyNode):

@@ -426,6 +426,16 @@ def _covariances_elsewhere(tmp_path_factory):
     folder_paths.folder_names_and_paths["perfusion_covariance"] = (paths, extensions)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _concepts_elsewhere(tmp_path_factory):
+    """So do the folders of training runs."""
+    place = str(tmp_path_factory.mktemp("perfusion"))
+    paths, extensions = folder_paths.folder_names_and_paths["perfusion"]
+    folder_paths.folder_names_and_paths["perfusion"] = ([place, *paths[1:]], extensions)
+    yield
+    folder_paths.folder_names_and_paths["perfusion"] = (paths, extensions)
+
+
 @pytest.fixture(scope="session")
 def worlds() -> Worlds:
     """The models of all families."""

@@ -14,6 +14,7 @@ import torch
 from comfy_extras.nodes_train import LossGraphNode
 from comfyui_perfusion.host import covariance as covariance_module
 from comfyui_perfusion.host.caption_sources import built_in
+from comfyui_perfusion.host.training_options import TrainingOptions
 from comfyui_perfusion.nodes.concepts import (
     PerfusionApplyConcepts,
     PerfusionLoadConcept,
@@ -80,9 +81,13 @@ def train(world, covariance, **changes):
         "embedding_learning_rate": 0.006,
         "seed": 5,
         "covariance": covariance,
+        "options": TrainingOptions(sample_every=0),
     }
+    given = {**world, **settings, **changes}
+    # As ComfyUI calls a node that takes lists.
+    lists = {name: [value] for name, value in given.items() if value is not None}
     with torch.inference_mode():
-        return PerfusionTrainConcept.execute(**{**world, **settings, **changes}).args
+        return PerfusionTrainConcept.execute(**lists).args
 
 
 def test_ids_inputs_and_outputs_are_frozen():
@@ -102,7 +107,7 @@ def test_every_input_and_output_has_a_tooltip_and_every_node_its_category():
 
 
 def test_a_concept_is_trained_saved_listed_loaded_and_applied(worlds, world, covariance, folder):
-    concept, losses = train(world, covariance)
+    concept, losses, *_ = train(world, covariance)
     assert len(losses["loss"]) == 3
     assert concept.family == "sd1"
     assert concept.placeholder == "<thing>"
@@ -114,8 +119,9 @@ def test_a_concept_is_trained_saved_listed_loaded_and_applied(worlds, world, cov
     assert f"{file.stat().st_size / 1000:.1f} kB" in text
     PerfusionSaveConcept.execute(concept, "mine/my_cat")
     (options,) = (each.options for each in PerfusionLoadConcept.define_schema().inputs)
-    assert sorted(options) == [f"mine/my_cat_{n:05}_.safetensors" for n in (1, 2)]
-    (loaded,) = PerfusionLoadConcept.execute(options[0]).args
+    saved = sorted(name for name in options if name.startswith("mine/"))
+    assert saved == [f"mine/my_cat_{n:05}_.safetensors" for n in (1, 2)]
+    (loaded,) = PerfusionLoadConcept.execute(saved[0]).args
     (gated,) = PerfusionSetGate.execute(loaded, 0.3, 0.2, 0.9).args
     assert (gated.bias, gated.temperature, gated.strength) == (0.3, 0.2, 0.9)
     model, clip = PerfusionApplyConcepts.execute(
@@ -127,11 +133,11 @@ def test_a_concept_is_trained_saved_listed_loaded_and_applied(worlds, world, cov
 
 
 def test_the_core_loss_graph_takes_the_losses(world, covariance, monkeypatch):
+    _, losses, *_ = train(world, covariance)
     drawn = []
     monkeypatch.setattr(
         "comfy_extras.nodes_train.ui.PreviewImage", lambda image, cls: drawn.append(image) or None
     )
-    _, losses = train(world, covariance)
     LossGraphNode.execute(losses, "loss")
     assert drawn[0].shape[-1] == 3
 
@@ -159,8 +165,8 @@ def test_an_interrupt_keeps_what_was_learned_and_restores_the_model(
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train(world, covariance, steps=50)
     assert seen == [(1, 50), (2, 50)]
-    (file,) = (folder / "interrupted").iterdir()
-    assert file.name.startswith("thing_")
+    (file,) = folder.glob("runs/thing-*/*.safetensors")
+    assert file.name == "step_00002.safetensors"
     assert json.loads(load_concept(file).metadata["training"])["steps"] == 2
     assert worlds.same(worlds.state(world["model"]), before)
     assert not comfy.model_management.in_training
@@ -169,7 +175,7 @@ def test_an_interrupt_keeps_what_was_learned_and_restores_the_model(
 def test_nan_stops_training_saves_the_last_good_state_and_says_so(world, covariance, folder):
     with pytest.raises(ValueError, match=r"stopped after \d+ good steps.*learning rate"):
         train(world, covariance, learning_rate=1e30, steps=50)
-    (file,) = (folder / "interrupted").iterdir()
+    (file,) = folder.glob("runs/thing-*/*.safetensors")
     assert all(torch.isfinite(output).all() for output in load_concept(file).o_v.values())
 
 
@@ -197,8 +203,8 @@ def test_without_a_covariance_it_is_measured_first_and_found_the_next_time(world
 
     monkeypatch.setattr(covariance_module, "measure_covariance", counted)
     monkeypatch.setattr("comfyui_perfusion.nodes.training.built_in", lambda count: built_in(40))
-    first, _ = train(world, None, steps=1)
-    second, _ = train(world, None, steps=1)
+    first, *_ = train(world, None, steps=1)
+    second, *_ = train(world, None, steps=1)
     assert len(measured) == 1
     assert first.metadata["covariance_hash"] == second.metadata["covariance_hash"]
     assert torch.equal(first.u, second.u)

@@ -1,0 +1,111 @@
+"""What tests of training runs share: the small world's model, and short trainings with it."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfyui_perfusion.demo.captions import sample_captions
+from comfyui_perfusion.demo.world import personal_pictures, world_weights
+from comfyui_perfusion.host import small_model
+from comfyui_perfusion.host.concept_files import signed
+from comfyui_perfusion.host.covariance import measure_covariance
+from comfyui_perfusion.host.samples import Painter
+from comfyui_perfusion.host.session import Session
+from comfyui_perfusion.host.train import train
+from comfyui_perfusion.host.training_images import encode_images
+from comfyui_perfusion.host.training_options import TrainingOptions
+from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.perfusion import TrainingConfig
+
+from tests.host.conftest import randomise
+
+STEPS = 4
+SETTINGS = {
+    "placeholder": "<bo>",
+    "superclass": "teddy",
+    "steps": STEPS,
+    "batch_size": 2,
+    "learning_rate": 0.1,
+}
+OPTIONS = {
+    "templates": ("a {}", "a photo of a {}"),
+    "sample_every": 2,
+    "sample_prompts": ("a {} on the beach",),
+    "sample_steps": 1,
+    "checkpoint_every": 2,
+}
+# The small world's UNet with one block of each kind and weights that were never trained.
+SMALLER = {
+    "model_channels": 32,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+}
+
+
+class SmallTraining:
+    """A model with pictures; `run` trains as the node does."""
+
+    def __init__(self, monkeypatch) -> None:
+        monkeypatch.setattr(small_model, "UNET_CONFIG", {**small_model.UNET_CONFIG, **SMALLER})
+        unet = small_model.build_unet().diffusion_model
+        randomise(unet, 0)
+        trained = {k: v for k, v in world_weights().items() if not k.startswith("unet.")}
+        weights = trained | {f"unet.{name}": value for name, value in unet.state_dict().items()}
+        self.model, self.clip, self.vae = small_model.load_small_model(weights)
+        self.images, self.masks = personal_pictures("Bo the teddy", 2, 0)
+        self.covariance = measure_covariance(self.clip, sample_captions(60))
+        self._pictures = encode_images(self.vae, [self.images], [self.masks])
+        self._before = self._weights()
+
+    def run(
+        self, config=None, images=None, masks=None, covariance=None, clip_vision=None, **options
+    ):
+        """`Trained`; `config` changes main settings, the rest is for `TrainingOptions`."""
+        with torch.inference_mode():
+            return train(
+                *(self.model, self.clip, self.vae),
+                [self.images] if images is None else images,
+                [self.masks] if masks is None else masks,
+                covariance or self.covariance,
+                TrainingConfig(**{**SETTINGS, **(config or {})}),
+                TrainingOptions(**{**OPTIONS, **options}),
+                clip_vision=clip_vision,
+            )
+
+    def run_session(self):
+        """What `run` does after its checks, with gradient checkpointing; for many runs in a row."""
+        options = TrainingOptions(**OPTIONS)
+        config = options.applied_to(TrainingConfig(**SETTINGS))
+        words = config.superclass, config.placeholder
+        with torch.inference_mode():
+            painter = Painter(self.vae)
+            with training_view(self.model, self.clip, self._pictures, *words, "auto", True) as view:
+                session = Session(view, painter, config, options, self.covariance, signed)
+                return session.train()
+
+    def is_untouched(self) -> bool:
+        """Whether model and text encoder are bit for bit what they were, and no training is on."""
+        return self._weights() == self._before and not comfy.model_management.in_training
+
+    def _weights(self) -> list[dict[str, bytes]]:
+        # As bytes: some weights of the text encoder are not used, and may be NaN.
+        return [
+            {name: weight.numpy().tobytes() for name, weight in patcher.model.state_dict().items()}
+            for patcher in (self.model, self.clip.patcher)
+        ]
+
+
+def use_folder(monkeypatch, folder):
+    """Make a folder the place of concepts and runs."""
+    _, extensions = folder_paths.folder_names_and_paths["perfusion"]
+    entry = ([str(folder)], extensions)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "perfusion", entry)
+
+
+def run_folder(folder):
+    """The folder of the only run there is."""
+    (found,) = (folder / "runs").iterdir()
+    return found
