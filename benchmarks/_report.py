@@ -63,10 +63,18 @@ def machine() -> dict[str, Any]:
 
 
 def write_results(
-    name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    name: str,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    families: Sequence[str] = (),
 ) -> Path:
-    """Write benchmarks/results/<name>.json; returns its path."""
+    """Write benchmarks/results/<name>.json, with a family's name for a run of that one alone.
+
+    Families need other sizes to fit into a machine. Returns the path.
+    """
     RESULTS.mkdir(exist_ok=True)
+    if len(families) == 1:
+        name = f"{name}_{families[0]}"
     path = RESULTS / f"{name}.json"
     named = {key: _name(value) for key, value in settings.items()}
     content = {"machine": machine(), "settings": named, "rows": [dict(r) for r in rows]}

@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = [measure(family, options) for family in options.families]
     print_table(rows)
-    print(f"Wrote {write_results('covariance', vars(options), rows)}")
+    print(f"Wrote {write_results('covariance', vars(options), rows, options.families)}")
     return 0
 
 

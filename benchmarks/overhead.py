@@ -8,9 +8,13 @@ also loads, and computes what is computed once); each candidate is compared with
 right before or after it. The table holds the median of these ratios and its standard error (from
 the quartiles).
 
-On a GPU it is the clock that counts, on a CPU the processor time of one thread, since two cores
-shared with anything else cannot tell 1 % by the clock. A smaller --latent makes the share of the
-concepts larger: the text does not shrink with the picture.
+Whole steps vary by more than a concept costs. On a CPU the table therefore also holds what a step
+spends in the only two places the pack touches: the text's key and value projections, and what lies
+around the model's call. "added" is how much more that is than without the pack, as a share of the
+unpatched step.
+
+On a GPU it is the clock that counts, on a CPU the processor time of one thread. A smaller --latent
+makes the share of the concepts larger: the text does not shrink with the picture.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import torch  # noqa: E402
 from comfyui_perfusion.host.apply import apply_concepts  # noqa: E402
-from comfyui_perfusion.host.families import family_of  # noqa: E402
+from comfyui_perfusion.host.families import cross_attentions, family_of  # noqa: E402
 from comfyui_perfusion.host.twin import with_twin  # noqa: E402
 from comfyui_perfusion.perfusion import Schedule  # noqa: E402
 
@@ -58,7 +62,7 @@ def main() -> int:
         comfy.model_management.unload_all_models()
     print_table(rows)
     settings = {**vars(options), "device": str(device), "dtype": str(dtype)}
-    print(f"Wrote {write_results('overhead', settings, rows)}")
+    print(f"Wrote {write_results('overhead', settings, rows, options.families)}")
     return 0
 
 
@@ -84,22 +88,29 @@ def measure(
     model = random_model(family, options.channels, device, dtype)
     patchers = candidates(model, family)
     conds = conditionings(model)
+    base = model.model
+    stopwatch = Stopwatch(base) if device.type == "cpu" else None
     seconds: dict[str, list[float]] = {name: [] for name in patchers}
+    touched: dict[str, list[float]] = {name: [] for name in patchers}
+    more: dict[str, list[float]] = {name: [] for name in patchers}
     ratios: dict[str, list[float]] = {name: [] for name in patchers}
     for turn in range(-1, options.rounds):
         for name in patchers:
             pair = (UNPATCHED, name) if turn % 2 else (name, UNPATCHED)
             found = {
-                key: step_seconds(patchers[key], conds, options, device)
+                key: step_seconds(patchers[key], conds, options, device, stopwatch)
                 for key in dict.fromkeys(pair)
             }
             if turn >= 0:
-                seconds[name].append(found[name])
-                ratios[name].append(found[name] / found[UNPATCHED])
+                seconds[name].append(found[name][0])
+                touched[name].append(found[name][1])
+                more[name].append(found[name][1] - found[UNPATCHED][1])
+                ratios[name].append(found[name][0] / found[UNPATCHED][0])
     rows = []
     for name, taken in seconds.items():
         quartiles = statistics.quantiles(ratios[name], n=4)
         target = TARGETS.get((family, name))
+        share = statistics.median(more[name]) / statistics.median(seconds[UNPATCHED])
         rows.append(
             {
                 "model": f"{family}, {options.channels} channels, {options.latent} x 2",
@@ -108,6 +119,8 @@ def measure(
                 "to unpatched": statistics.median(ratios[name]),
                 # 1.2533 of the mean's, whose spread is read from the quartiles.
                 "+-": 1.2533 * (quartiles[2] - quartiles[0]) / 1.349 / options.rounds**0.5,
+                "touched ms": 1000 * statistics.median(touched[name]) if stopwatch else "-",
+                "added %": 100 * share if stopwatch else "-",
                 "target": "-" if target is None else f"<= {target}",
             }
         )
@@ -146,13 +159,18 @@ def step_seconds(
     conds: tuple[list[Any], list[Any]],
     options: argparse.Namespace,
     device: torch.device,
-) -> float:
-    """Median time of the steps of one sampling run, but for the first; see the module's text."""
+    stopwatch: Stopwatch | None,
+) -> tuple[float, float]:
+    """Median time of the steps of one sampling run but for the first, and of what is touched."""
     ends: list[float] = []
+    inside: list[float] = []
 
     def on_step(*_: Any) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
+        if stopwatch is not None:
+            inside.append(stopwatch.read())
+            stopwatch.start()
         ends.append(time.process_time() if device.type == "cpu" else time.perf_counter())
 
     latent = torch.zeros(1, 4, options.latent, options.latent)
@@ -170,7 +188,59 @@ def step_seconds(
             disable_pbar=True,
             seed=0,
         )
-    return statistics.median(after - before for before, after in itertools.pairwise(ends))
+    if stopwatch is not None:
+        stopwatch.remove()
+    step = statistics.median(after - before for before, after in itertools.pairwise(ends))
+    return step, statistics.median(inside[1:])
+
+
+class Stopwatch:
+    """Processor time in a model's text projections and around its call, while it is started."""
+
+    def __init__(self, base: Any) -> None:
+        self._base = base
+        self._projections = [
+            module for layer in cross_attentions(base) for module in (layer.to_k, layer.to_v)
+        ]
+        self._before: list[tuple[Any, str, Any]] = []
+        self._spent = 0.0
+
+    def start(self) -> None:
+        """Begin at zero, around whatever stands in place of the forwards now."""
+        self._spent = 0.0
+        if self._before:
+            return
+        for module in self._projections:
+            self._put(module, "forward", 1)
+        # What the call takes without its inside is what lies around it.
+        self._put(self._base, "apply_model", 1)
+        self._put(self._base, "_apply_model", -1)
+
+    def read(self) -> float:
+        """Seconds since the start."""
+        return self._spent
+
+    def remove(self) -> None:
+        """Put everything back as it was."""
+        for thing, name, before in reversed(self._before):
+            if before is None:
+                del thing.__dict__[name]
+            else:
+                thing.__dict__[name] = before
+        self._before = []
+
+    def _put(self, thing: Any, name: str, sign: int) -> None:
+        inner = getattr(thing, name)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            start = time.process_time()
+            try:
+                return inner(*arguments, **named)
+            finally:
+                self._spent += sign * (time.process_time() - start)
+
+        self._before.append((thing, name, thing.__dict__.get(name)))
+        thing.__dict__[name] = timed
 
 
 if __name__ == "__main__":

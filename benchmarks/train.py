@@ -75,7 +75,7 @@ def main() -> int:
         gc.collect()
     print_table(rows)
     settings = {**vars(options), "device": str(device), "dtype": str(dtype)}
-    print(f"Wrote {write_results('train', settings, rows)}")
+    print(f"Wrote {write_results('train', settings, rows, options.families)}")
     return 0
 
 
