@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
-import time
 from pathlib import Path
 
 import comfyui_version
@@ -15,10 +12,7 @@ from ..perfusion.concept import Concept, load_concept, save_concept
 from ..perfusion.concept_metadata import with_origin
 from .numbered_files import EXTENSION, numbered_file
 
-logger = logging.getLogger("perfusion")
-
 FOLDER = "perfusion"
-INTERRUPTED = "interrupted"
 SHIPPED = Path(__file__).parent.parent / "demo" / "concepts"
 
 
@@ -82,21 +76,3 @@ def write_concept(concept: Concept, filename_prefix: str) -> tuple[str, int]:
     """
     path, name = numbered_file(FOLDER, filename_prefix)
     return name, save_concept(concept, path).stat().st_size
-
-
-def write_interrupted(concept: Concept) -> str:
-    """Save what an unfinished training learned; returns the file's name."""
-    word = re.sub(r"[^A-Za-z0-9_-]+", "", concept.placeholder) or "concept"
-    folder = Path(folder_paths.get_folder_paths(FOLDER)[0]) / INTERRUPTED
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{word}_{time.strftime('%Y%m%d-%H%M%S')}"
-    path = folder / f"{stem}{EXTENSION}"
-    number = 1
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}-{number}{EXTENSION}"
-    # Full precision: it can hold whatever went wrong.
-    save_concept(concept, path, torch.float32)
-    name = f"{INTERRUPTED}/{path.name}"
-    logger.warning("training did not finish; what was learned so far is %s", path)
-    return name
