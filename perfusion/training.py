@@ -279,8 +279,8 @@ class _Run:
                 "another run's; train from the start, or set everything as it was"
             )
         self.learner.restore(state.tensors, state.scale, state.since_scaled)
-        shapes = {"losses": (state.step, self.config.batch_size)}
-        shapes["timesteps"] = shapes["losses"]
+        of_rows = (state.step, self.config.batch_size)
+        shapes: dict[str, tuple[int, ...]] = {"losses": of_rows, "timesteps": of_rows}
         shapes["random"] = tuple(self.generator.get_state().shape)
         for name, shape in shapes.items():
             found = state.tensors.get(name)
