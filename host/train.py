@@ -84,7 +84,8 @@ def train(
     # Measuring and encoding take a while: what is wrong is said before.
     check_training(model, clip, *words)
     training_rows(images, masks, options.images.alpha)
-    if clip_vision is not None and not options.prompts_for(config.placeholder):
+    prompts = options.prompts_for(config.placeholder)
+    if clip_vision is not None and not prompts:
         raise ValueError(
             "clip_vision: expected samples to choose the best checkpoint by, found sample_every "
             "0; set it to 50 or so, or disconnect clip_vision"

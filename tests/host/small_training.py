@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 import comfy.model_management
+import comfy.utils
 import folder_paths
 import torch
+from comfy.clip_model import CLIPAttention
+from comfy.ldm.modules.attention import CrossAttention
 from comfyui_perfusion.demo.captions import sample_captions
 from comfyui_perfusion.demo.world import personal_pictures, world_weights
 from comfyui_perfusion.host import small_model
@@ -16,7 +22,10 @@ from comfyui_perfusion.host.train import train
 from comfyui_perfusion.host.training_images import encode_images
 from comfyui_perfusion.host.training_options import TrainingOptions
 from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.nodes.training import PerfusionTrainConcept
 from comfyui_perfusion.perfusion import TrainingConfig
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.host.conftest import randomise
 
@@ -35,7 +44,9 @@ OPTIONS = {
     "sample_steps": 1,
     "checkpoint_every": 2,
 }
-# The small world's UNet with one block of each kind and weights that were never trained.
+# The small world's UNet with one block of each kind and weights that were never trained, and the
+# first layer of its text encoder.
+SMALLER_TEXT = {"num_hidden_layers": 1}
 SMALLER = {
     "model_channels": 32,
     "num_res_blocks": [1],
@@ -50,9 +61,12 @@ class SmallTraining:
 
     def __init__(self, monkeypatch) -> None:
         monkeypatch.setattr(small_model, "UNET_CONFIG", {**small_model.UNET_CONFIG, **SMALLER})
+        text = {**small_model.TEXT_CONFIG, **SMALLER_TEXT}
+        monkeypatch.setattr(small_model, "TEXT_CONFIG", text)
         unet = small_model.build_unet().diffusion_model
         randomise(unet, 0)
-        trained = {k: v for k, v in world_weights().items() if not k.startswith("unet.")}
+        left_out = re.compile(r"unet\.|text\..*\.layers\.[1-9]")
+        trained = {k: v for k, v in world_weights().items() if not left_out.match(k)}
         weights = trained | {f"unet.{name}": value for name, value in unet.state_dict().items()}
         self.model, self.clip, self.vae = small_model.load_small_model(weights)
         self.images, self.masks = personal_pictures("Bo the teddy", 2, 0)
@@ -60,20 +74,28 @@ class SmallTraining:
         self._pictures = encode_images(self.vae, [self.images], [self.masks])
         self._before = self._weights()
 
-    def run(
-        self, config=None, images=None, masks=None, covariance=None, clip_vision=None, **options
-    ):
+    def run(self, config=None, clip_vision=None, **options):
         """`Trained`; `config` changes main settings, the rest is for `TrainingOptions`."""
         with torch.inference_mode():
             return train(
-                *(self.model, self.clip, self.vae),
-                [self.images] if images is None else images,
-                [self.masks] if masks is None else masks,
-                covariance or self.covariance,
+                *(self.model, self.clip, self.vae, [self.images], [self.masks], self.covariance),
                 TrainingConfig(**{**SETTINGS, **(config or {})}),
                 TrainingOptions(**{**OPTIONS, **options}),
                 clip_vision=clip_vision,
             )
+
+    def run_node(self, **changes):
+        """What the node returns; `changes` are its inputs as ComfyUI passes them: lists."""
+        given = {
+            **{"model": [self.model], "clip": [self.clip], "vae": [self.vae]},
+            **{"images": [self.images], "mask": [self.masks], "covariance": [self.covariance]},
+            **{name: [value] for name, value in SETTINGS.items()},
+            **{"embedding_learning_rate": [0.006], "seed": [0]},
+            "options": [TrainingOptions(**OPTIONS)],
+        }
+        lists = {k: v for k, v in {**given, **changes}.items() if v is not None}
+        with torch.inference_mode():
+            return PerfusionTrainConcept.execute(**lists)
 
     def run_session(self):
         """What `run` does after its checks, with gradient checkpointing; for many runs in a row."""
@@ -109,3 +131,42 @@ def run_folder(folder):
     """The folder of the only run there is."""
     (found,) = (folder / "runs").iterdir()
     return found
+
+
+class Tripwire:
+    """Counts attentions, told progress, written files; `at` is asked at each with its place.
+
+    Places: inside the "text" encoder, the "model", its "backward" pass (where checkpointed blocks
+    run again) or a "sample"; when "progress" is told between steps; while a "file" is written.
+    """
+
+    def __init__(self, monkeypatch, at) -> None:
+        self._at = at
+        self.steps = 0
+        sync = os.fsync
+        monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *_, **__: at("progress"))
+        monkeypatch.setattr("os.fsync", lambda file: (at("file"), sync(file)))
+        self._hooks = [
+            register_module_forward_pre_hook(self._module),
+            register_optimizer_step_post_hook(self._step),
+        ]
+
+    def remove(self) -> None:
+        """Nothing is watched any more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _step(self, *_) -> None:
+        self.steps += 1
+
+    def _module(self, module, _) -> None:
+        if not isinstance(module, CLIPAttention | CrossAttention):
+            return
+        if not comfy.model_management.in_training:
+            # Estimating memory runs the model's structure, with gradients.
+            if not torch.is_grad_enabled():
+                self._at("sample")
+        elif torch._C._current_graph_task_id() >= 0:
+            self._at("backward")
+        else:
+            self._at("text" if isinstance(module, CLIPAttention) else "model")
