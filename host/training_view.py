@@ -14,6 +14,7 @@ from torch import Tensor
 from ..perfusion.denoiser import Batch, Encoded
 from ..perfusion.rank_one import GatedEdit, Part
 from .checkpointing import checkpoint_blocks
+from .conditions import extra_conditions
 from .digests import weights_digest
 from .dispatch import Projection, install
 from .families import check_clip, cross_attentions, family_of
@@ -198,13 +199,14 @@ class TrainingView:
         noise = batch.noise(*clean.shape[1:]).to(clean)
         sigma = schedule(sampling, batch.timesteps).to(self._device)
         noisy = sampling.noise_scaling(sigma, noise, clean)
+        size = self._sizes[int(batch.indices[0])]
         with self._current.holding(edit):
             denoised = self._model.apply_model(
                 noisy,
                 sigma,
                 c_crossattn=encoded.encodings,
                 transformer_options={"optimized_attention_override": _attention},
-                **self._conditions(noisy, encoded, self._sizes[int(batch.indices[0])]),
+                **extra_conditions(self._model, noisy, self._device, encoded.extra, size),
             )
         return (denoised - clean).square() * loss_weight(sampling, sigma)
 
@@ -233,25 +235,6 @@ class TrainingView:
         # What the projections will read at inference is what the gate must be trained on.
         encodings = found.encodings.to(self._device, self._dtype)
         return Encoded(encodings, mask[:, : encodings.shape[1]].to(self._device), found.pooled)
-
-    def _conditions(
-        self, noisy: Tensor, encoded: Encoded, size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """What the model wants besides the text (SDXL: pooled text and picture sizes)."""
-        conditions = self._model.extra_conds(
-            noise=noisy,
-            device=self._device,
-            pooled_output=encoded.extra,
-            prompt_type="positive",
-            width=size[0],
-            height=size[1],
-        )
-        return {
-            name: condition.process_cond(
-                batch_size=noisy.shape[0], device=self._device, area=None
-            ).cond
-            for name, condition in conditions.items()
-        }
 
 
 class _Current:
