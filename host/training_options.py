@@ -38,7 +38,7 @@ class TrainingOptions:
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     rows_at_once: int = 0
-    sample_every: int = 50
+    sample_every: int = 100
     sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
     sample_steps: int = 20
     sample_cfg: float = 5.0
