@@ -42,6 +42,7 @@ class Run:
         self.folder = root / RUNS / f"{word}-{fingerprint[:8]}"
         self.fingerprint = fingerprint
         self.problem = ""
+        self.saved_step = -1
         self._kept: set[int] = set()
 
     def start(self, resume: Resume, steps: int) -> TrainingState | None:
@@ -71,6 +72,7 @@ class Run:
         except OSError as error:
             self._refused(error)
             return False
+        self.saved_step = result.steps
         return True
 
     def keep(self, concept: Concept, step: int) -> None:
@@ -168,5 +170,5 @@ class Run:
             " make room on the disk, or make the folder writable"
         )
         if text != self.problem:
-            logger.error("%s; training itself goes on", text)
+            logger.error("%s", text)
         self.problem = text

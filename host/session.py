@@ -88,7 +88,8 @@ class Session:
         if result.error is None:
             if self._paints and result.steps not in self.strip.pictures:
                 self._on_sample(result.steps, result.concept)
-            self.run.save(self.sign(result.concept), result)
+            if self.run.saved_step != result.steps:
+                self.run.save(self.sign(result.concept), result)
             self.run.finish(self.config.steps)
         return result
 
@@ -96,11 +97,13 @@ class Session:
         """Keep the last good state of a run that is cut off, and say where."""
         if not result.steps:
             return
+        learned = f"what {result.steps} steps learned"
         if self.run.save(self.sign(result.concept), result):
-            self.saved = f"what {result.steps} steps learned is in {self.run.file(result.steps)}"
+            self.saved = f"{learned} is in {self.run.file(result.steps)}"
+            tell(f"training did not finish; {self.saved}")
         else:
-            self.saved = f"what {result.steps} steps learned is lost: {self.run.problem}"
-        tell(f"training did not finish; {self.saved}")
+            self.saved = f"{learned} is lost: {self.run.problem}"
+            logger.error("training did not finish; %s", self.saved)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Concepts along the way with what they draw, for choosing the best."""
@@ -128,7 +131,8 @@ class Session:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def _on_checkpoint(self, result: TrainingResult) -> None:
-        self.run.save(self.sign(result.concept), result)
+        if not self.run.save(self.sign(result.concept), result):
+            logger.warning("training goes on without a checkpoint of step %d", result.steps)
 
     def _on_sample(self, step: int, concept: Concept) -> None:
         if not self._paints:
@@ -173,7 +177,7 @@ class Session:
     def _show(self, step: int, pictures: Tensor) -> None:
         self.strip.pictures[step] = pictures
         preview = ("JPEG", side_by_side(pictures), _PREVIEW_SIDE)
-        self._progress.update_absolute(step, self.config.steps, preview)
+        self._progress.update_absolute(max(step, self.began_at), self.config.steps, preview)
 
     def _draw(self, prompts: tuple[str, ...], concept: Concept | None) -> Tensor:
         settings = replace(self.settings, prompts=prompts)
