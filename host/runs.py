@@ -89,6 +89,13 @@ class Run:
         except OSError as error:
             self._refused(error)
 
+    def other_file(self, name: str) -> bytes | None:
+        """What `keep_file` kept, None when there is nothing that can be read."""
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError:
+            return None
+
     def finish(self, steps: int) -> None:
         """Say in the folder that the run came to its end."""
         try:

@@ -90,8 +90,11 @@ class Session:
                 self._on_sample(result.steps, result.concept)
             if self.run.saved_step != result.steps:
                 self.run.save(self.sign(result.concept), result)
-            self.run.finish(self.config.steps)
         return result
+
+    def finish(self) -> None:
+        """Say that nothing is left to do, so that the same training would start anew."""
+        self.run.finish(self.config.steps)
 
     def keep_partial(self, result: TrainingResult) -> None:
         """Keep the last good state of a run that is cut off, and say where."""
@@ -165,10 +168,8 @@ class Session:
         if not self._paints:
             return
         for step in range(0, last + 1, self.options.sample_every):
-            pictures = None
-            path = self.run.folder / _sample_name(step)
-            if path.is_file():
-                pictures = of_png(path.read_bytes(), self.settings)
+            content = self.run.other_file(_sample_name(step))
+            pictures = None if content is None else of_png(content, self.settings)
             if pictures is not None:
                 self._show(step, pictures)
             elif step and (concept := self.run.concept(step)) is not None:

@@ -106,7 +106,8 @@ def train(
         ) as view:
             session = Session(view, painter, config, options, covariance, sign)
             result = session.train()
-            plain = None if clip_vision is None else session.plain_pictures()
+            found = [] if clip_vision is None else session.checkpoints()
+            plain = session.plain_pictures() if found else None
     except Exception as error:
         if not comfy.model_management.is_oom(error):
             raise
@@ -124,12 +125,14 @@ def train(
         )
     concept, lines = sign(result.concept), _lines(session, result, memory)
     if plain is not None:
-        found = session.checkpoints()
         selection = score_checkpoints(
             clip_vision, clip, found, images, session.settings.prompts, plain
         )
         concept = selection.best.concept
         lines += [f"chosen: step {selection.best.step}", selection.report]
+    elif clip_vision is not None:
+        lines.append("no sample could be drawn to choose by: the concept is that of the last step")
+    session.finish()
     return Trained(concept, result, session.picture(), "\n".join(lines))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
@@ -96,9 +97,14 @@ class TrainingOptions:
         """
         if not self.sample_every:
             return ()
-        found = tuple(prompt.replace("{}", placeholder) for prompt in self.sample_prompts)
+        # Prompts know it in whatever case; from here on it is written in one way.
+        word = re.compile(re.escape(placeholder), re.IGNORECASE)
+        found = tuple(
+            word.sub(lambda _: placeholder, prompt.replace("{}", placeholder))
+            for prompt in self.sample_prompts
+        )
         for number, prompt in enumerate(found, 1):
-            if placeholder.lower() not in prompt.lower():
+            if placeholder not in prompt:
                 raise ValueError(
                     f"sample prompt {number}: expected {{}} or {placeholder} where the thing is "
                     f"named, found {prompt!r}"

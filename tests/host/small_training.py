@@ -106,7 +106,8 @@ class SmallTraining:
             painter = Painter(self.vae)
             with training_view(self.model, self.clip, self._pictures, *words, "auto", True) as view:
                 session = Session(view, painter, config, options, self.covariance, signed)
-                return session.train()
+                session.train()
+        session.finish()
 
     def is_untouched(self) -> bool:
         """Whether model and text encoder are bit for bit what they were, and no training is on."""

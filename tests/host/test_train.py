@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfyui_perfusion.host.apply import apply_concepts
 from comfyui_perfusion.host.small_autoencoder import DOWNSCALE, LATENT_CHANNELS
+from comfyui_perfusion.host.text import TextEncoders
 from comfyui_perfusion.host.training_options import TrainingOptions
 from comfyui_perfusion.host.training_view import TrainingView
 from comfyui_perfusion.nodes.training_options import PerfusionTrainingOptions
@@ -299,3 +300,31 @@ def test_the_options_node_starts_with_the_defaults_and_hides_what_few_people_nee
 def test_an_option_that_makes_no_sense_is_refused_where_it_is_set(changes, message):
     with pytest.raises(ValueError, match=message):
         PerfusionTrainingOptions.execute(**changes)
+
+
+def test_a_training_that_is_cut_off_while_samples_are_scored_is_not_done_again(
+    small, worlds, folder, monkeypatch
+):
+    vision = build_vision(worlds)
+    monkeypatch.setattr(vision, "encode_image", lambda *_: pytest.fail("cut off here"))
+    with pytest.raises(pytest.fail.Exception):
+        small.run(clip_vision=vision)
+    monkeypatch.undo()
+    use_folder(monkeypatch, folder)
+    again = small.run(clip_vision=build_vision(worlds))
+    assert f"continued from step {STEPS}" in again.report
+    assert "chosen: step" in again.report
+
+
+def test_a_prompt_may_write_the_placeholder_in_another_case():
+    options = TrainingOptions(sample_prompts=("A <Bo> and {}",))
+    assert options.prompts_for("<bo>") == ("A <bo> and <bo>",)
+
+
+def test_what_memory_left_in_a_projection_no_file_fills_does_not_rename_an_encoder(worlds):
+    clip = worlds.new_clip("sd1")
+    name = TextEncoders(clip).digest()
+    projection = clip.cond_stage_model.clip_l.transformer.text_projection
+    with torch.no_grad():
+        projection.weight.fill_(torch.nan)
+    assert TextEncoders(clip).digest() == name
