@@ -52,7 +52,7 @@ from .world import WEIGHTS, personal_pictures, world_weights  # noqa: E402
 SUBJECT, SECOND = "Bo the teddy", "Olli the mug"
 PLACEHOLDER, SECOND_PLACEHOLDER = "<bo>", "<olli>"
 SEEDS = 4
-LEARNING_RATE = 0.1  # as in the templates: few steps on a small model want larger ones
+LEARNING_RATE = 0.2  # as in the templates: few steps on a small model want larger ones
 PROMPTS = (
     ("a photo of a {} on the beach", "beach", "photo"),
     ("a photo of a {} in the desert", "desert", "photo"),
@@ -184,7 +184,12 @@ def measure(
     """All figures; trains what ``concept_path`` does not already hold."""
     started = time.time()
     world = World()
-    shared: dict[str, Any] = {"steps": steps, "batch_size": 4, "learning_rate": LEARNING_RATE}
+    shared: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": 4,
+        "learning_rate": LEARNING_RATE,
+        "schedule": "cosine",
+    }
     config = TrainingConfig(PLACEHOLDER, superclass_of(SUBJECT), **shared)
     second = TrainingConfig(SECOND_PLACEHOLDER, superclass_of(SECOND), **shared)
     inversion = replace(config, mode="textual_inversion")

@@ -35,6 +35,7 @@ def main() -> None:
             steps=STEPS,
             batch_size=4,
             learning_rate=LEARNING_RATE,
+            schedule="cosine",
         )
         path = SHIPPED / f"{placeholder.strip('<>')}.safetensors"
         save_concept(world.train(subject, config), path)

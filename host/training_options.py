@@ -30,7 +30,7 @@ class TrainingOptions:
             placeholder, `sample_steps`, `sample_cfg` and `sample_seed` are a KSampler's.
         checkpoint_every: steps between two checkpoints on disk, 0 for none but at an interrupt.
         resume: "unfinished" goes on with a run that was cut off, "always" also with a finished
-            one that is made longer, "never" starts anew.
+            one that is made longer (with a constant schedule), "never" starts anew.
         background, normalisation: how masks weigh (`losses.image_losses`).
         images: how pictures are brought to size and varied; its seed is the training's.
         schedule, bias, temperature, ema, templates: see `TrainingConfig`.
@@ -49,7 +49,7 @@ class TrainingOptions:
     background: float = 0.0
     normalisation: Normalisation = "subject"
     images: ImageOptions = field(default_factory=ImageOptions)
-    schedule: Schedule = "constant"
+    schedule: Schedule = "cosine"
     bias: float = TrainingConfig.bias
     temperature: float = TrainingConfig.temperature
     ema: float = TrainingConfig.ema

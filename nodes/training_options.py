@@ -165,8 +165,8 @@ def _checkpoints() -> list[io.Input]:
             options=list(get_args(Resume)),
             default=DEFAULT.resume,
             tooltip="unfinished: goes on with the same training if it was cancelled or the server "
-            "died. always: also makes a finished one longer. never: starts anew. The same is the "
-            "same model, pictures, words, seed and settings.",
+            "died. always: also makes a finished one longer, with a constant schedule. never: "
+            "starts anew. The same is the same model, pictures, words, seed and settings.",
         ),
     ]
 
@@ -294,8 +294,9 @@ def _learning() -> list[io.Input]:
             optional=True,
             options=list(get_args(Schedule)),
             default=DEFAULT.schedule,
-            tooltip="Learning rates over the steps. cosine: down to 0 at the end; such a training "
-            "cannot be made longer later.",
+            tooltip="Learning rates over the steps. cosine: down to 0 at the end, so that a "
+            "concept does not carry the last steps' noise; such a training cannot be made longer. "
+            "constant: as in the paper.",
             advanced=True,
         ),
         io.String.Input(

@@ -38,6 +38,8 @@ SETTINGS = {
     "learning_rate": 0.1,
 }
 OPTIONS = {
+    # Runs with it can be made longer.
+    "schedule": "constant",
     "templates": ("a {}", "a photo of a {}"),
     "sample_every": 2,
     "sample_prompts": ("a {} on the beach",),
