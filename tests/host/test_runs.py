@@ -222,3 +222,10 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_on_it(small, small_disk, cu
     assert "continued from step 2" in again.report
     name = next(iter(whole.o_v))
     assert torch.equal(again.concept.o_v[name], whole.o_v[name])
+
+
+def test_with_a_schedule_over_the_steps_a_run_of_another_length_is_another_run(small, folder):
+    small.run({"steps": 1}, schedule="cosine")
+    longer = small.run({"steps": 2}, schedule="cosine", resume="always")
+    assert "continued" not in longer.report
+    assert len(list((folder / "runs").iterdir())) == 2

@@ -18,7 +18,10 @@ def test_an_interrupted_training_leaves_a_usable_concept_and_is_continued(
     api = ROOT / "workflows" / "api"
     prompt = json.loads((api / "1 train a concept.json").read_text(encoding="utf-8"))
     train = next(k for k, v in prompt.items() if v["class_type"] == "PerfusionTrainConcept")
-    prompt[train]["inputs"].update(steps=400, seed=12345)
+    prompt[train]["inputs"].update(steps=400, seed=12345, options=["options", 0])
+    # With this schedule a step does not depend on how many there will be.
+    options = {"schedule": "constant"}
+    prompt["options"] = {"class_type": "PerfusionTrainingOptions", "inputs": options}
     folder = comfy_server.base / "models" / "perfusion"
     before = set(folder.rglob("*.safetensors"))
     seen: list[int] = []
