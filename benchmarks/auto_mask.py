@@ -1,6 +1,6 @@
 """How well masks from the model's own attention fit: `python dev.py bench auto_mask`.
 
-    python dev.py bench auto_mask [--pictures 16] [--trainings 3] [--sheet docs/auto_mask.png]
+    python dev.py bench auto_mask [--pictures 16] [--trainings 3] [--sheet web/docs/auto_mask.png]
 
 The small world's renderer knows where the things are. Figures are intersection over union with it,
 the mean over pictures, and that of masks of the whole picture to compare with.
@@ -195,7 +195,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="dev.py bench auto_mask", description=__doc__)
     parser.add_argument("--pictures", type=int, default=16, help="of each kind in each set")
     parser.add_argument("--trainings", type=int, default=3, help="for each kind of mask")
-    parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "auto_mask.png")
+    parser.add_argument("--sheet", type=Path, default=ROOT / "web" / "docs" / "auto_mask.png")
     options = parser.parse_args()
     models = load_small_model(world_weights())
     save_sheet(models, options.sheet)
