@@ -15,9 +15,7 @@ from torch import Tensor
 
 from .augment import render, subject_box, version_boxes
 from .buckets import Box, fit
-from .image_rows import check_images, size_of, training_rows
-
-__all__ = ["ImageOptions", "TrainingImages", "check_images", "encode_images"]
+from .image_rows import size_of, training_rows
 
 logger = logging.getLogger("perfusion")
 

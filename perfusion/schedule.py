@@ -36,11 +36,6 @@ class Schedule:
                 f"temperature: expected finite numbers above 0, found {self.temperature}"
             )
 
-    @property
-    def moves(self) -> bool:
-        """Whether the gate changes within the range."""
-        return len(set(self.bias)) + len(set(self.temperature)) > 2
-
     def gate(self, progress: float) -> tuple[float, float]:
         """Bias and temperature at a part of the sampling; beyond the range those of its ends."""
         part = (progress - self.start) / (self.end - self.start)
