@@ -1,6 +1,7 @@
 """Perfusion for ComfyUI: key-locked, gated rank-one editing of cross-attention."""
 
-from .host import concept_files, covariance
+from .host.files import concept_files
+from .host.text import covariance
 from .nodes import PerfusionExtension
 
 WEB_DIRECTORY = "./web"

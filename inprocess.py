@@ -6,7 +6,7 @@ ignored folder `.comfyui/ComfyUI` that `dev.py` fills.
 
     from inprocess import load_pack
     pack = load_pack()
-    from comfyui_perfusion.host import families
+    from comfyui_perfusion.host.models import families
 """
 
 from __future__ import annotations

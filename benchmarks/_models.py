@@ -12,7 +12,7 @@ import comfy.supported_models as supported  # noqa: E402
 import torch  # noqa: E402
 from comfy import model_base, model_patcher, sd, sd1_clip, sdxl_clip  # noqa: E402
 from comfy.supported_models_base import ClipTarget  # noqa: E402
-from comfyui_perfusion.host.families import cross_attentions, family_of  # noqa: E402
+from comfyui_perfusion.host.models.families import cross_attentions, family_of  # noqa: E402
 from comfyui_perfusion.perfusion import Concept  # noqa: E402
 
 PUBLISHED_CHANNELS = 320

@@ -12,9 +12,9 @@ from inprocess import load_pack
 
 load_pack()
 
-from comfyui_perfusion.host.covariance import measure_covariance  # noqa: E402
-from comfyui_perfusion.host.edit_prompts import PromptEncoder  # noqa: E402
-from comfyui_perfusion.host.small_model import load_small_model  # noqa: E402
+from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
+from comfyui_perfusion.host.closed_form.prompts import PromptEncoder  # noqa: E402
+from comfyui_perfusion.host.text.covariance import measure_covariance  # noqa: E402
 
 from demo.captions import sample_captions  # noqa: E402
 from demo.fidelity import to_judge  # noqa: E402

@@ -36,12 +36,12 @@ from inprocess import load_pack
 
 load_pack()
 
-from comfyui_perfusion.host.auto_mask import AutoMaskOptions, auto_mask  # noqa: E402
-from comfyui_perfusion.host.small_model import load_small_model  # noqa: E402
-from comfyui_perfusion.host.training_images import encode_images  # noqa: E402
-from comfyui_perfusion.host.training_view import training_view  # noqa: E402
+from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
+from comfyui_perfusion.host.pictures.auto_mask import AutoMaskOptions, auto_mask  # noqa: E402
+from comfyui_perfusion.host.pictures.training_images import encode_images  # noqa: E402
+from comfyui_perfusion.host.training.view import training_view  # noqa: E402
 from comfyui_perfusion.perfusion import Concept, TrainingConfig, train_concept  # noqa: E402
-from comfyui_perfusion.perfusion.soft_masks import MaskOptions, iou  # noqa: E402
+from comfyui_perfusion.perfusion.masks.soft_masks import MaskOptions, iou  # noqa: E402
 
 from demo.classes import CLASS_NAMES, KINDS  # noqa: E402
 from demo.measure import LEARNING_RATE, PLACEHOLDER, SUBJECT, World, single_figures  # noqa: E402

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perfusion.closed_form import Constraints, solve
+from perfusion.closed_form.solver import Constraints, solve
 
 from ._report import interleaved, median_ratio, print_table, write_results
 

@@ -19,9 +19,9 @@ from inprocess import load_pack
 load_pack()
 
 import torch  # noqa: E402
-from comfyui_perfusion.host.captions import everyday_captions  # noqa: E402
-from comfyui_perfusion.host.covariance import BATCH, measure_covariance  # noqa: E402
-from comfyui_perfusion.host.text import TextEncoders  # noqa: E402
+from comfyui_perfusion.host.text.captions import everyday_captions  # noqa: E402
+from comfyui_perfusion.host.text.covariance import BATCH, measure_covariance  # noqa: E402
+from comfyui_perfusion.host.text.text_encoders import TextEncoders  # noqa: E402
 
 from ._models import text_encoder  # noqa: E402
 from ._report import interleaved, median_ratio, print_table, write_results  # noqa: E402

@@ -30,19 +30,19 @@ from inprocess import load_pack
 
 load_pack()
 
-from comfyui_perfusion.host.edits import EditSettings, apply_edit  # noqa: E402
+from comfyui_perfusion.host.closed_form.weight_patches import EditSettings, apply_edit  # noqa: E402
 from comfyui_perfusion.nodes.editing import default_sentences  # noqa: E402
-from comfyui_perfusion.perfusion.closed_form import Constraints  # noqa: E402
-from comfyui_perfusion.perfusion.erase import (  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.mace import (  # noqa: E402
     GENERIC_ANCHOR,
     Erasure,
     refinement_constraints,
     replacement_constraints,
 )
-from comfyui_perfusion.perfusion.preserve import preserve  # noqa: E402
-from comfyui_perfusion.perfusion.time_edit import RIDGE, time_constraints  # noqa: E402
-from comfyui_perfusion.perfusion.unified import RIDGE as UCE_RIDGE  # noqa: E402
-from comfyui_perfusion.perfusion.unified import Debiasing, debias_constraints  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.preserve import preserve  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.solver import Constraints  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.time import RIDGE, time_constraints  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.uce import RIDGE as UCE_RIDGE  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.uce import Debiasing, debias_constraints  # noqa: E402
 
 from demo.classes import CLASS_NAMES, KINDS  # noqa: E402
 from demo.sheet import sheet  # noqa: E402

@@ -20,8 +20,8 @@ from inprocess import load_pack
 load_pack()
 
 import torch  # noqa: E402
-from comfyui_perfusion.host.apply import KEY_LOCKS, apply_concepts  # noqa: E402
-from comfyui_perfusion.host.small_model import load_small_model  # noqa: E402
+from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
+from comfyui_perfusion.host.injection.apply import KEY_LOCKS, apply_concepts  # noqa: E402
 from comfyui_perfusion.perfusion import Concept, load_concept  # noqa: E402
 
 from demo.fidelity import scene_fidelity, single_scale  # noqa: E402

@@ -34,9 +34,9 @@ load_pack()
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import torch  # noqa: E402
-from comfyui_perfusion.host.apply import apply_concepts  # noqa: E402
-from comfyui_perfusion.host.families import cross_attentions, family_of  # noqa: E402
-from comfyui_perfusion.host.twin import with_twin  # noqa: E402
+from comfyui_perfusion.host.injection.apply import apply_concepts  # noqa: E402
+from comfyui_perfusion.host.models.families import cross_attentions, family_of  # noqa: E402
+from comfyui_perfusion.host.text.twin import with_twin  # noqa: E402
 from comfyui_perfusion.perfusion import Schedule  # noqa: E402
 
 from ._models import PUBLISHED_CHANNELS, random_concepts, random_model, text_encoder  # noqa: E402

@@ -39,10 +39,10 @@ import comfy_extras.nodes_train as nodes_train  # noqa: E402
 import torch  # noqa: E402
 from comfy import sd  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
-from comfyui_perfusion.host.captions import everyday_captions  # noqa: E402
-from comfyui_perfusion.host.covariance import measure_covariance  # noqa: E402
-from comfyui_perfusion.host.training_images import encode_images  # noqa: E402
-from comfyui_perfusion.host.training_view import TrainingView, training_view  # noqa: E402
+from comfyui_perfusion.host.pictures.training_images import encode_images  # noqa: E402
+from comfyui_perfusion.host.text.captions import everyday_captions  # noqa: E402
+from comfyui_perfusion.host.text.covariance import measure_covariance  # noqa: E402
+from comfyui_perfusion.host.training.view import TrainingView, training_view  # noqa: E402
 from comfyui_perfusion.perfusion import (  # noqa: E402
     Batch,
     Covariance,
@@ -51,7 +51,7 @@ from comfyui_perfusion.perfusion import (  # noqa: E402
     TrainingConfig,
     train_concept,
 )
-from comfyui_perfusion.perfusion.prompts import TEMPLATES, fill  # noqa: E402
+from comfyui_perfusion.perfusion.text.prompts import TEMPLATES, fill  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 from ._models import PUBLISHED_CHANNELS, random_model, text_encoder  # noqa: E402

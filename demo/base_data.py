@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder
+from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder
 from torch import Tensor
 
 from .captions import marked_captions

@@ -21,11 +21,11 @@ from inprocess import load_pack
 
 load_pack()
 
-from comfyui_perfusion.host.apply import apply_concepts  # noqa: E402
-from comfyui_perfusion.host.covariance import measure_covariance  # noqa: E402
-from comfyui_perfusion.host.small_model import load_small_model  # noqa: E402
-from comfyui_perfusion.host.training_images import encode_images  # noqa: E402
-from comfyui_perfusion.host.training_view import training_view  # noqa: E402
+from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
+from comfyui_perfusion.host.injection.apply import apply_concepts  # noqa: E402
+from comfyui_perfusion.host.pictures.training_images import encode_images  # noqa: E402
+from comfyui_perfusion.host.text.covariance import measure_covariance  # noqa: E402
+from comfyui_perfusion.host.training.view import training_view  # noqa: E402
 from comfyui_perfusion.perfusion import (  # noqa: E402
     Concept,
     Covariance,

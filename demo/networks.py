@@ -8,7 +8,7 @@ import comfy.ldm.modules.attention as comfy_attention
 import comfy.ops
 import comfy.sd1_clip
 import torch
-from comfyui_perfusion.host.small_model import TEXT_CONFIG, build_unet
+from comfyui_perfusion.demo.model.small_model import TEXT_CONFIG, build_unet
 from torch import Tensor, nn
 
 from .attention_maps import recording

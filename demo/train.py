@@ -19,8 +19,8 @@ from inprocess import load_pack
 
 load_pack()
 
-from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder  # noqa: E402
-from comfyui_perfusion.host.small_model import TOKENS, load_small_model  # noqa: E402
+from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder  # noqa: E402
+from comfyui_perfusion.demo.model.small_model import TOKENS, load_small_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from .evaluate import caption_accuracy  # noqa: E402

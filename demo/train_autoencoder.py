@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from comfyui_perfusion.host.small_autoencoder import LATENT_CHANNELS, SmallAutoencoder
+from comfyui_perfusion.demo.model.small_autoencoder import LATENT_CHANNELS, SmallAutoencoder
 from torch import Tensor, nn
 
 from .muon import Muon, split_parameters

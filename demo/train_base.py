@@ -10,8 +10,8 @@ from typing import Any
 
 import comfy.ldm.modules.attention as comfy_attention
 import torch
-from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder
-from comfyui_perfusion.host.small_model import TIMESTEPS, build_unet
+from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder
+from comfyui_perfusion.demo.model.small_model import TIMESTEPS, build_unet
 from torch import Tensor, nn
 
 from .attention_maps import attention_loss

@@ -6,7 +6,7 @@ from inprocess import load_pack
 
 load_pack()
 
-from comfyui_perfusion.host.concept_files import SHIPPED  # noqa: E402
+from comfyui_perfusion.host.files.concept_files import SHIPPED  # noqa: E402
 from comfyui_perfusion.perfusion import TrainingConfig, save_concept  # noqa: E402
 
 from .measure import (  # noqa: E402

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder
+from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder
 from torch import Tensor
 
 from .classes import CLASS_NAMES

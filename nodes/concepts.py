@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..host.apply import KEY_LOCKS, KeyLock, apply_concepts
-from ..host.concept_files import concept_names, fingerprint, read_concept, write_concept
-from ..host.thumbnails import thumbnail_of, thumbnail_url
-from ..perfusion.concept import Concept
-from ..perfusion.concept_metadata import describe, with_thumbnail
+from ..host.files.concept_files import concept_names, fingerprint, read_concept, write_concept
+from ..host.injection.apply import KEY_LOCKS, KeyLock, apply_concepts
+from ..host.pictures.thumbnails import thumbnail_of, thumbnail_url
+from ..perfusion.concept.concept import Concept
+from ..perfusion.concept.metadata import describe, with_thumbnail
 from .kinds import ConceptKind
 
 CATEGORY = "perfusion"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..demo.model.small_model import load_small_model
 from ..demo.things import SUBJECTS
 from ..demo.world import personal_pictures, world_weights
-from ..host.small_model import load_small_model
 
 CATEGORY = "perfusion/demo"
 

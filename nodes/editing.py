@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..demo.captions import SCENE_WORDS, STYLE_WORDS
-from ..host.edit_files import DTYPES, write_edit
-from ..host.editing import (
+from ..host.closed_form.edits import (
     BOTH,
     REFINEMENT,
     REPLACEMENT,
@@ -17,13 +16,14 @@ from ..host.editing import (
     erase_concepts,
     preserve_prompts,
 )
-from ..host.edits import EditSettings
-from ..host.families import family_of_clip
-from ..perfusion.covariance import Covariance
-from ..perfusion.preserve import Preserved
-from ..perfusion.time_edit import RIDGE as TIME_RIDGE
-from ..perfusion.unified import RIDGE as UCE_RIDGE
-from ..perfusion.unified import Debiasing
+from ..host.closed_form.lora_files import DTYPES, write_edit
+from ..host.closed_form.weight_patches import EditSettings
+from ..host.models.families import family_of_clip
+from ..perfusion.closed_form.preserve import Preserved
+from ..perfusion.closed_form.time import RIDGE as TIME_RIDGE
+from ..perfusion.closed_form.uce import RIDGE as UCE_RIDGE
+from ..perfusion.closed_form.uce import Debiasing
+from ..perfusion.gated.covariance import Covariance
 from .kinds import CovarianceKind, PreserveKind
 
 CATEGORY = "perfusion/editing"

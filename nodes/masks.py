@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..host.auto_mask import AutoMaskOptions, auto_mask
-from ..perfusion.soft_masks import MaskOptions
+from ..host.pictures.auto_mask import AutoMaskOptions, auto_mask
+from ..perfusion.masks.soft_masks import MaskOptions
 
 DEFAULT = AutoMaskOptions()
 

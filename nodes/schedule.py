@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..perfusion.concept import Concept
-from ..perfusion.schedule import Schedule
+from ..perfusion.concept.concept import Concept
+from ..perfusion.gated.gate_schedule import Schedule
 from .kinds import ConceptKind
 
 

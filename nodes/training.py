@@ -8,15 +8,15 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..demo.captions import sample_captions
-from ..host.caption_sources import CaptionSource, built_in, of_file, of_list, of_text
-from ..host.captions import COUNT
-from ..host.covariance import describe
-from ..host.families import family_of_clip
-from ..host.train import covariance_with_progress, train
-from ..host.training_options import TrainingOptions, captions_of
-from ..perfusion.covariance import Covariance, Positions
-from ..perfusion.prompts import captions_for
-from ..perfusion.training_config import TrainingConfig
+from ..host.models.families import family_of_clip
+from ..host.text.caption_sources import CaptionSource, built_in, of_file, of_list, of_text
+from ..host.text.captions import COUNT
+from ..host.text.covariance import describe
+from ..host.training.options import TrainingOptions, captions_of
+from ..host.training.train import covariance_with_progress, train
+from ..perfusion.gated.covariance import Covariance, Positions
+from ..perfusion.text.prompts import captions_for
+from ..perfusion.training.config import TrainingConfig
 from .kinds import ConceptKind, CovarianceKind, LossMapKind, TrainingOptionsKind
 from .lists import first_or_none, only
 

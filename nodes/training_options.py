@@ -6,12 +6,12 @@ from typing import get_args
 
 from comfy_api.latest import io
 
-from ..host.private_copy import Precision
-from ..host.training_images import ImageOptions
-from ..host.training_options import SAMPLE_PROMPTS, Resume, TrainingOptions, lines_of
-from ..perfusion.losses import Normalisation
-from ..perfusion.prompts import TEMPLATES
-from ..perfusion.training_config import Schedule
+from ..host.pictures.training_images import ImageOptions
+from ..host.training.options import SAMPLE_PROMPTS, Resume, TrainingOptions, lines_of
+from ..host.training.private_copy import Precision
+from ..perfusion.text.prompts import TEMPLATES
+from ..perfusion.training.config import Schedule
+from ..perfusion.training.losses import Normalisation
 from .kinds import TrainingOptionsKind
 
 CATEGORY = "perfusion/training"

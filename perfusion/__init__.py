@@ -1,32 +1,23 @@
 """Key-locked gated rank-one editing of cross-attention: the method, without any host."""
 
-from .closed_form import Constraints, TextEdit, solve
-from .concept import Concept, ConceptFileError, load_concept, save_concept
-from .concept_inputs import ConceptInputs, merge_inputs
-from .covariance import Covariance, CovarianceAccumulator
-from .covariance_file import load_covariance, save_covariance
-from .edit_model import ModelEdit, edit_model, edit_with, prompt_encoder
-from .embedding import EmbeddingReturn, EmbeddingWrapper, merge_embedding_wrappers
-from .encoded_prompt import EncodedPrompt
-from .erase import Erasure, refinement_constraints, replacement_constraints
-from .finetuning import (
-    calculate_input_covariance,
-    finetune_groups,
-    get_finetune_optimizer,
-    get_finetune_parameters,
-    loss_fn_weighted_by_mask,
+from .closed_form.edit_model import ModelEdit, edit_model, edit_with, prompt_encoder
+from .closed_form.low_rank import LowRank, lora_tensors
+from .closed_form.mace import Erasure, refinement_constraints, replacement_constraints
+from .closed_form.preserve import Preserved
+from .closed_form.solver import Constraints, TextEdit, solve
+from .closed_form.time import time_constraints
+from .closed_form.uce import (
+    Debiasing,
+    debias_constraints,
+    moderation_constraints,
+    preserving_constraints,
 )
-from .key_lock import locked_outputs
-from .low_rank import LowRank, lora_tensors
-from .module_files import concept_of, load_modules, save_modules
-from .modules import (
-    Rank1EditModule,
-    make_key_value_proj_rank1_edit_modules_,
-    merge_rank1_edit_modules,
-)
-from .open_clip_wrapper import OpenClipEmbedWrapper
-from .preserve import Preserved
-from .rank_one import (
+from .concept.concept import Concept, ConceptFileError, load_concept, save_concept
+from .gated.covariance import Covariance, CovarianceAccumulator
+from .gated.covariance_file import load_covariance, save_covariance
+from .gated.gate_schedule import Schedule
+from .gated.key_lock import locked_outputs
+from .gated.rank_one import (
     Basis,
     Direction,
     GatedEdit,
@@ -39,9 +30,24 @@ from .rank_one import (
     project,
     similarities,
 )
-from .schedule import Schedule
-from .time_edit import time_constraints
-from .training import (
+from .modules.concept_inputs import ConceptInputs, merge_inputs
+from .modules.embedding import EmbeddingReturn, EmbeddingWrapper, merge_embedding_wrappers
+from .modules.files import concept_of, load_modules, save_modules
+from .modules.finetuning import (
+    calculate_input_covariance,
+    finetune_groups,
+    get_finetune_optimizer,
+    get_finetune_parameters,
+    loss_fn_weighted_by_mask,
+)
+from .modules.open_clip import OpenClipEmbedWrapper
+from .modules.projections import (
+    Rank1EditModule,
+    make_key_value_proj_rank1_edit_modules_,
+    merge_rank1_edit_modules,
+)
+from .text.encoded_prompt import EncodedPrompt
+from .training.run import (
     Batch,
     Denoiser,
     Encoded,
@@ -53,8 +59,7 @@ from .training import (
     train_concept,
     training_fingerprint,
 )
-from .training_state import load_state, save_state
-from .unified import Debiasing, debias_constraints, moderation_constraints, preserving_constraints
+from .training.state import load_state, save_state
 
 __all__ = [
     "Basis",

@@ -8,12 +8,12 @@ from inprocess import load_pack
 
 load_pack()
 
+from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
 from comfyui_perfusion.demo.things import SUBJECTS  # noqa: E402
 from comfyui_perfusion.demo.world import personal_pictures, world_weights  # noqa: E402
-from comfyui_perfusion.host.auto_mask import AutoMaskOptions, auto_mask  # noqa: E402
-from comfyui_perfusion.host.small_model import load_small_model  # noqa: E402
+from comfyui_perfusion.host.pictures.auto_mask import AutoMaskOptions, auto_mask  # noqa: E402
 from comfyui_perfusion.nodes.masks import PerfusionAutoMask  # noqa: E402
-from comfyui_perfusion.perfusion.soft_masks import MaskOptions, iou  # noqa: E402
+from comfyui_perfusion.perfusion.masks.soft_masks import MaskOptions, iou  # noqa: E402
 
 
 @pytest.fixture(scope="module")

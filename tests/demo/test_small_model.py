@@ -16,8 +16,8 @@ from comfyui_perfusion.demo.evaluate import caption_accuracy  # noqa: E402
 from comfyui_perfusion.demo.fidelity import to_judge  # noqa: E402
 from comfyui_perfusion.demo.generate import generate  # noqa: E402
 from comfyui_perfusion.demo.judge import load_judge  # noqa: E402
+from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
 from comfyui_perfusion.demo.world import WEIGHTS, world_weights  # noqa: E402
-from comfyui_perfusion.host.small_model import load_small_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from comfy import (  # noqa: E402
 from comfy.cldm.cldm import ControlNet as ControlNetwork  # noqa: E402
 from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
-from comfyui_perfusion.host.families import cross_attentions, family_of  # noqa: E402
+from comfyui_perfusion.host.models.families import cross_attentions, family_of  # noqa: E402
 from comfyui_perfusion.perfusion import Concept, edit_projection  # noqa: E402
 
 # One thread: small tensors, and a machine that may be busy otherwise.

@@ -12,16 +12,16 @@ import torch
 from comfy.clip_model import CLIPAttention
 from comfy.ldm.modules.attention import CrossAttention
 from comfyui_perfusion.demo.captions import sample_captions
+from comfyui_perfusion.demo.model import small_model
 from comfyui_perfusion.demo.world import personal_pictures, world_weights
-from comfyui_perfusion.host import small_model
-from comfyui_perfusion.host.concept_files import signed
-from comfyui_perfusion.host.covariance import measure_covariance
-from comfyui_perfusion.host.samples import Painter
-from comfyui_perfusion.host.session import Session
-from comfyui_perfusion.host.train import train
-from comfyui_perfusion.host.training_images import encode_images
-from comfyui_perfusion.host.training_options import TrainingOptions
-from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.host.files.concept_files import signed
+from comfyui_perfusion.host.pictures.training_images import encode_images
+from comfyui_perfusion.host.text.covariance import measure_covariance
+from comfyui_perfusion.host.training.options import TrainingOptions
+from comfyui_perfusion.host.training.samples import Painter
+from comfyui_perfusion.host.training.session import Session
+from comfyui_perfusion.host.training.train import train
+from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.nodes.training import PerfusionTrainConcept
 from comfyui_perfusion.perfusion import TrainingConfig
 from torch.nn.modules.module import register_module_forward_pre_hook

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_perfusion.host.apply import apply_concepts
-from comfyui_perfusion.host.families import UnsupportedModelError
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.models.families import UnsupportedModelError
 
 
 def changed(concept, **fields):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_perfusion.host.augment import render, subject_box, version_boxes
-from comfyui_perfusion.host.buckets import Box
+from comfyui_perfusion.host.pictures.augment import render, subject_box, version_boxes
+from comfyui_perfusion.host.pictures.buckets import Box
 
 WHOLE = Box(0, 0, 100, 60)
 

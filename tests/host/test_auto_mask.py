@@ -7,16 +7,16 @@ import logging
 import comfy.model_management
 import pytest
 import torch
+from comfyui_perfusion.demo.model.small_model import load_small_model
 from comfyui_perfusion.demo.world import world_weights
-from comfyui_perfusion.host import auto_mask as module
-from comfyui_perfusion.host.apply import apply_concepts
-from comfyui_perfusion.host.attention_watch import AttentionWatch
-from comfyui_perfusion.host.auto_mask import AutoMaskOptions, auto_mask
-from comfyui_perfusion.host.families import UnsupportedModelError, cross_attentions
-from comfyui_perfusion.host.small_model import load_small_model
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.models.families import UnsupportedModelError, cross_attentions
+from comfyui_perfusion.host.pictures import auto_mask as module
+from comfyui_perfusion.host.pictures.attention_watch import AttentionWatch
+from comfyui_perfusion.host.pictures.auto_mask import AutoMaskOptions, auto_mask
 from comfyui_perfusion.nodes.masks import PerfusionAutoMask
-from comfyui_perfusion.perfusion.attention import word_share
-from comfyui_perfusion.perfusion.soft_masks import MaskOptions
+from comfyui_perfusion.perfusion.masks.attention import word_share
+from comfyui_perfusion.perfusion.masks.soft_masks import MaskOptions
 
 FAMILIES = ("sd1_light", "sd2_light", "sdxl_light", "sdxl_refiner")
 # One draw at a small size, hard edges where the model sees them: what differs is the model's.
@@ -37,7 +37,7 @@ def world(worlds):
 @pytest.fixture(autouse=True)
 def _any_contrast_counts(monkeypatch):
     """Models with random weights look everywhere about equally."""
-    monkeypatch.setattr("comfyui_perfusion.perfusion.soft_masks._FLAT", 1.0)
+    monkeypatch.setattr("comfyui_perfusion.perfusion.masks.soft_masks._FLAT", 1.0)
 
 
 def masks_of(world, images=None, word="cat", options=QUICK):
@@ -162,7 +162,7 @@ def test_a_lora_counts(worlds, world):
 def test_a_word_that_is_seen_everywhere_masks_everything_with_a_warning(
     worlds, world, caplog, monkeypatch
 ):
-    monkeypatch.setattr("comfyui_perfusion.perfusion.soft_masks._FLAT", 1.2)
+    monkeypatch.setattr("comfyui_perfusion.perfusion.masks.soft_masks._FLAT", 1.2)
     blind = worlds.new_model("small")
     with torch.no_grad():
         for layer in cross_attentions(blind.model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_perfusion.host.buckets import Box, fit
+from comfyui_perfusion.host.pictures.buckets import Box, fit
 
 SIZES = [(512, 512), (1024, 768), (768, 1024), (600, 400), (1920, 1080), (333, 517), (4000, 700)]
 

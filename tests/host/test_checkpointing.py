@@ -6,10 +6,10 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
-from comfyui_perfusion.host.checkpointing import checkpoint_blocks
-from comfyui_perfusion.host.families import UnsupportedModelError, encoder_models
-from comfyui_perfusion.host.training_images import ImageOptions, encode_images
-from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.host.models.families import UnsupportedModelError, encoder_models
+from comfyui_perfusion.host.pictures.training_images import ImageOptions, encode_images
+from comfyui_perfusion.host.training.checkpointing import checkpoint_blocks
+from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.perfusion import Covariance, TrainingConfig, train_concept
 
 from tests.host.training_world import Kept, batch_of, edit_for, gradients, view_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
-from comfyui_perfusion.host.apply import apply_concepts
+from comfyui_perfusion.host.injection.apply import apply_concepts
 from torch._dynamo.utils import counters
 
 PROMPT = "a <0> and <1>"

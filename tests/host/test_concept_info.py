@@ -11,14 +11,14 @@ import comfyui_version
 import folder_paths
 import pytest
 import torch
-from comfyui_perfusion.host.concept_files import SHIPPED, signed
-from comfyui_perfusion.host.thumbnails import URL_LIMIT, thumbnail_of, thumbnail_url
+from comfyui_perfusion.host.files.concept_files import SHIPPED, signed
+from comfyui_perfusion.host.pictures.thumbnails import URL_LIMIT, thumbnail_of, thumbnail_url
 from comfyui_perfusion.nodes.concepts import (
     PerfusionConceptInfo,
     PerfusionLoadConcept,
     PerfusionSaveConcept,
 )
-from comfyui_perfusion.perfusion.concept_metadata import with_thumbnail
+from comfyui_perfusion.perfusion.concept.metadata import with_thumbnail
 from PIL import Image
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from comfy import sd
 from comfy.model_management import InterruptProcessingException
-from comfyui_perfusion.host import covariance
-from comfyui_perfusion.host.caption_sources import of_file, of_text
-from comfyui_perfusion.host.captions import everyday_captions
-from comfyui_perfusion.host.covariance import covariance_of, measure_covariance
-from comfyui_perfusion.host.text import TextEncoders
+from comfyui_perfusion.host.text import covariance
+from comfyui_perfusion.host.text.caption_sources import of_file, of_text
+from comfyui_perfusion.host.text.captions import everyday_captions
+from comfyui_perfusion.host.text.covariance import covariance_of, measure_covariance
+from comfyui_perfusion.host.text.text_encoders import TextEncoders
 from comfyui_perfusion.nodes.training import PerfusionCovariance
 
 CAPTIONS = ["a cat", "two dogs on the beach, at night", "word " * 90]

@@ -10,10 +10,10 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from comfyui_perfusion.host.apply import apply_concepts
-from comfyui_perfusion.host.edit_prompts import PromptEncoder
-from comfyui_perfusion.host.edits import applied_edits, total_changes
-from comfyui_perfusion.host.families import UnsupportedModelError, cross_attentions
+from comfyui_perfusion.host.closed_form.prompts import PromptEncoder
+from comfyui_perfusion.host.closed_form.weight_patches import applied_edits, total_changes
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.models.families import UnsupportedModelError, cross_attentions
 from comfyui_perfusion.nodes.editing import (
     PerfusionDebias,
     PerfusionEditAssumption,
@@ -22,9 +22,9 @@ from comfyui_perfusion.nodes.editing import (
     PerfusionSaveEdit,
 )
 from comfyui_perfusion.nodes.training import PerfusionCovariance
-from comfyui_perfusion.perfusion.closed_form import solve
-from comfyui_perfusion.perfusion.encoded_prompt import match_in_order
-from comfyui_perfusion.perfusion.time_edit import time_constraints
+from comfyui_perfusion.perfusion.closed_form.solver import solve
+from comfyui_perfusion.perfusion.closed_form.time import time_constraints
+from comfyui_perfusion.perfusion.text.encoded_prompt import match_in_order
 
 SOLVING = {"ridge": 0.1, "with_to_k": True, "strength": 1.0, "layers": "", "restart": False}
 SENTENCES = "a {}\na photo of a {} on the beach"

@@ -8,7 +8,7 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy import model_base
-from comfyui_perfusion.host.families import (
+from comfyui_perfusion.host.models.families import (
     UnsupportedModelError,
     check_clip,
     cross_attentions,

@@ -10,10 +10,10 @@ import comfy.model_base
 import pytest
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
-from comfyui_perfusion.host.apply import apply_concepts
-from comfyui_perfusion.host.families import cross_attentions
-from comfyui_perfusion.host.tokens import with_placeholders
-from comfyui_perfusion.host.twin import TwinEncoding, untwined, with_twin
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.models.families import cross_attentions
+from comfyui_perfusion.host.text.placeholders import with_placeholders
+from comfyui_perfusion.host.text.twin import TwinEncoding, untwined, with_twin
 from comfyui_perfusion.perfusion import Schedule
 
 import nodes as comfy_nodes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_perfusion.host.training_images import encode_images
-from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.host.pictures.training_images import encode_images
+from comfyui_perfusion.host.training.view import training_view
 from torch.overrides import TorchFunctionMode
 
 from tests.host.training_world import WORDS, batch_of, edit_for

@@ -9,9 +9,9 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from comfyui_perfusion.host import injection, sharing
-from comfyui_perfusion.host.apply import applied_concepts, apply_concepts
-from comfyui_perfusion.host.families import cross_attentions
+from comfyui_perfusion.host.injection import encoding_cache, injection
+from comfyui_perfusion.host.injection.apply import applied_concepts, apply_concepts
+from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.perfusion import edit_projection
 
 PROMPT = "a <a> and <b>, on the (beach:1.2)"
@@ -251,13 +251,13 @@ def test_gates_are_computed_once_per_sampling_run_and_nothing_is_kept(worlds, tw
     calls = {"edited_inputs": 0, "open_gates": 0, "gated_inputs": 0}
 
     def count(name):
-        original = getattr(sharing, name)
+        original = getattr(encoding_cache, name)
 
         def counted(*args):
             calls[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(sharing, name, counted)
+        monkeypatch.setattr(encoding_cache, name, counted)
 
     for name in calls:
         count(name)

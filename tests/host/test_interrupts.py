@@ -8,7 +8,7 @@ from collections import Counter
 
 import comfy.model_management
 import pytest
-from comfyui_perfusion.host.runs import STATE
+from comfyui_perfusion.host.training.runs import STATE
 from comfyui_perfusion.perfusion import load_concept, load_state
 
 from tests.host.small_training import STEPS, SmallTraining, Tripwire, run_folder, use_folder

@@ -18,8 +18,8 @@ import torch
 from comfy import model_base
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from comfyui_perfusion.host.apply import apply_concepts
-from comfyui_perfusion.host.families import cross_attentions
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.perfusion import edit_projection
 
 import nodes as comfy_nodes

@@ -7,9 +7,9 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
-from comfyui_perfusion.host import memory
-from comfyui_perfusion.host.activations import kept_by_unet
-from comfyui_perfusion.host.memory import MemoryEstimate, estimate_memory
+from comfyui_perfusion.host.training import memory
+from comfyui_perfusion.host.training.activations import kept_by_unet
+from comfyui_perfusion.host.training.memory import MemoryEstimate, estimate_memory
 
 from tests.host.training_world import Kept, batch_of, edit_for, view_of
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from comfy import model_base
 from comfy.model_base import ModelType
-from comfyui_perfusion.host.families import UnsupportedModelError
-from comfyui_perfusion.host.native_loss import loss_weight, schedule
+from comfyui_perfusion.host.models.families import UnsupportedModelError
+from comfyui_perfusion.host.models.native_loss import loss_weight, schedule
 
 TRAINABLE = (
     ModelType.EPS,

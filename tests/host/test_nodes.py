@@ -12,9 +12,9 @@ import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_train import LossGraphNode
-from comfyui_perfusion.host import covariance as covariance_module
-from comfyui_perfusion.host.caption_sources import built_in
-from comfyui_perfusion.host.training_options import TrainingOptions
+from comfyui_perfusion.host.text import covariance as covariance_module
+from comfyui_perfusion.host.text.caption_sources import built_in
+from comfyui_perfusion.host.training.options import TrainingOptions
 from comfyui_perfusion.nodes.concepts import (
     PerfusionApplyConcepts,
     PerfusionLoadConcept,
@@ -212,7 +212,7 @@ def test_without_a_covariance_it_is_measured_first_and_found_the_next_time(world
 
 def test_bad_pictures_are_refused_before_anything_is_measured(world, monkeypatch):
     monkeypatch.setattr(
-        "comfyui_perfusion.host.train.covariance_of",
+        "comfyui_perfusion.host.training.train.covariance_of",
         lambda *_: pytest.fail("measured before the pictures were checked"),
     )
     with pytest.raises(ValueError, match="at least one training image"):

@@ -8,15 +8,15 @@ import logging
 import pytest
 import safetensors.torch
 import torch
-from comfyui_perfusion.host.apply import apply_concepts
-from comfyui_perfusion.host.tokens import (
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.pictures.training_images import encode_images
+from comfyui_perfusion.host.text.placeholders import (
     PlaceholderError,
     is_existing_word,
     serve_vectors,
     with_placeholders,
 )
-from comfyui_perfusion.host.training_images import encode_images
-from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.host.training.view import training_view
 
 import nodes as comfy_nodes
 

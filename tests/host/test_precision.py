@@ -6,8 +6,8 @@ import comfy.ops
 import pytest
 import torch
 from comfy import model_base
-from comfyui_perfusion.host.families import cross_attentions
-from comfyui_perfusion.host.private_copy import PRECISIONS
+from comfyui_perfusion.host.models.families import cross_attentions
+from comfyui_perfusion.host.training.private_copy import PRECISIONS
 from comfyui_perfusion.perfusion import Covariance, TrainingConfig, train_concept
 
 from tests.host.training_world import Kept, batch_of, edit_for, gradients, view_of

@@ -13,7 +13,7 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
-from comfyui_perfusion.host.runs import STATE, Run
+from comfyui_perfusion.host.training.runs import STATE, Run
 from comfyui_perfusion.perfusion import load_concept, load_state
 from PIL import Image
 

@@ -6,9 +6,9 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.clip_vision import ClipVisionModel
-from comfyui_perfusion.host.families import encoder_models
-from comfyui_perfusion.host.selection import _OTHER_WORDS, Checkpoint, score_checkpoints
-from comfyui_perfusion.host.text import TextEncoders
+from comfyui_perfusion.host.models.families import encoder_models
+from comfyui_perfusion.host.text.text_encoders import TextEncoders
+from comfyui_perfusion.host.training.selection import _OTHER_WORDS, Checkpoint, score_checkpoints
 
 SIDE = 32
 PROMPTS = ["a <thing> on a beach", "a photo of a <thing> at night"]

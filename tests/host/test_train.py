@@ -8,11 +8,11 @@ import comfy.sample
 import comfy.utils
 import pytest
 import torch
-from comfyui_perfusion.host.apply import apply_concepts
-from comfyui_perfusion.host.small_autoencoder import DOWNSCALE, LATENT_CHANNELS
-from comfyui_perfusion.host.text import TextEncoders
-from comfyui_perfusion.host.training_options import TrainingOptions
-from comfyui_perfusion.host.training_view import TrainingView
+from comfyui_perfusion.demo.model.small_autoencoder import DOWNSCALE, LATENT_CHANNELS
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.text.text_encoders import TextEncoders
+from comfyui_perfusion.host.training.options import TrainingOptions
+from comfyui_perfusion.host.training.view import TrainingView
 from comfyui_perfusion.nodes.training_options import PerfusionTrainingOptions
 from comfyui_perfusion.perfusion import save_concept
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_trained_on_is_said_before_any_work(
     def work(*_):
         pytest.fail("worked before it was checked")
 
-    monkeypatch.setattr("comfyui_perfusion.host.train.covariance_of", work)
+    monkeypatch.setattr("comfyui_perfusion.host.training.train.covariance_of", work)
     monkeypatch.setattr(small.vae, "encode", work)
     with pytest.raises(ValueError, match=message):
         small.run_node(covariance=None, **changes)

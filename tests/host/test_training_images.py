@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from comfyui_perfusion.host.image_rows import check_images
-from comfyui_perfusion.host.training_images import ImageOptions, encode_images
+from comfyui_perfusion.host.pictures.image_rows import check_images
+from comfyui_perfusion.host.pictures.training_images import ImageOptions, encode_images
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import comfy.model_management
 import pytest
 import torch
 from comfy import model_base
-from comfyui_perfusion.host.apply import apply_concepts
-from comfyui_perfusion.host.families import UnsupportedModelError, cross_attentions
-from comfyui_perfusion.host.native_loss import schedule
-from comfyui_perfusion.host.tokens import PlaceholderError, serve_vectors
-from comfyui_perfusion.host.training_images import ImageOptions, encode_images
-from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.models.families import UnsupportedModelError, cross_attentions
+from comfyui_perfusion.host.models.native_loss import schedule
+from comfyui_perfusion.host.pictures.training_images import ImageOptions, encode_images
+from comfyui_perfusion.host.text.placeholders import PlaceholderError, serve_vectors
+from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.perfusion import Batch, GatedEdit, gated_inputs
 
 from tests.host.training_world import WORDS, batch_of, edit_for, view_of

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from comfyui_perfusion.host.training_images import encode_images
-from comfyui_perfusion.host.training_view import training_view
+from comfyui_perfusion.host.pictures.training_images import encode_images
+from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.perfusion import Batch, Direction, GatedEdit, gated_inputs
 
 WORDS = {"superclass": "coffee mug", "placeholder": "<thing>"}

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from perfusion.concept import Concept
-from perfusion.encoded_prompt import EncodedPrompt
+from perfusion.concept.concept import Concept
+from perfusion.text.encoded_prompt import EncodedPrompt
 from tests.method.tiny_diffusion import covariance, denoiser, networks
 
 __all__ = ["covariance", "denoiser", "networks"]

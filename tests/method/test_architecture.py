@@ -25,7 +25,7 @@ FORBIDDEN = {
 }
 METHOD_NEEDS = {"torch", "einops", "safetensors"}
 # Of use where it is installed; imported inside of the function that uses it, never at the top.
-METHOD_MAY_USE = {"perfusion/embedding.py": {"open_clip"}}
+METHOD_MAY_USE = {"perfusion/modules/embedding.py": {"open_clip"}}
 # The trainer of the small world runs from a developer's shell and is not published.
 PUBLISHED_EXCEPT = {"demo/train.py"}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "import_module"}

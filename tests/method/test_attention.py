@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perfusion.attention import affinity, joined, spread, word_share
-from perfusion.soft_masks import MaskOptions, follow_edges, iou, otsu, overlay, soft_masks
+from perfusion.masks.attention import affinity, joined, spread, word_share
+from perfusion.masks.soft_masks import MaskOptions, follow_edges, iou, otsu, overlay, soft_masks
 
 
 def random(*shape, seed=0):

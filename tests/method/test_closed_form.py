@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from perfusion.closed_form import Constraints, directions, solve
+from perfusion.closed_form.solver import Constraints, directions, solve
 
 WIDTH, OUT = 12, 7
 FEW, MANY = 5, 30  # fewer and more constraints than dimensions

@@ -13,8 +13,8 @@ import pytest
 import safetensors
 import torch
 
-from perfusion.concept import Concept, load_concept, save_concept
-from perfusion.rank_one import Direction, similarities
+from perfusion.concept.concept import Concept, load_concept, save_concept
+from perfusion.gated.rank_one import Direction, similarities
 
 resource = pytest.importorskip("resource") if sys.platform != "win32" else None
 

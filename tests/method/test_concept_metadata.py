@@ -10,15 +10,15 @@ import pytest
 import safetensors
 from safetensors.torch import load_file, save_file
 
-from perfusion.concept import load_concept, save_concept
-from perfusion.concept_metadata import (
+from perfusion.concept.concept import load_concept, save_concept
+from perfusion.concept.metadata import (
     PACK_VERSION,
     THUMBNAIL,
     describe,
     with_origin,
     with_thumbnail,
 )
-from perfusion.schedule import Schedule
+from perfusion.gated.gate_schedule import Schedule
 
 VERSIONS = {"ComfyUI": "0.30.0", "torch": "2.11.0+cu128"}
 HASH = "0011223344556677"

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from perfusion.covariance import Covariance, CovarianceAccumulator
-from perfusion.rank_one import Direction, similarities
+from perfusion.gated.covariance import Covariance, CovarianceAccumulator
+from perfusion.gated.rank_one import Direction, similarities
 
 WIDTH = 16
 

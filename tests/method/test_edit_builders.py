@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perfusion.closed_form import Constraints, solve
-from perfusion.covariance import Covariance
-from perfusion.encoded_prompt import match_in_order, whole_word
-from perfusion.erase import (
+from perfusion.closed_form.mace import (
     GENERIC_ANCHOR,
     SENTENCES,
     Erasure,
@@ -17,15 +14,18 @@ from perfusion.erase import (
     refinement_constraints,
     replacement_constraints,
 )
-from perfusion.preserve import preserve
-from perfusion.time_edit import time_constraints
-from perfusion.unified import (
+from perfusion.closed_form.preserve import preserve
+from perfusion.closed_form.solver import Constraints, solve
+from perfusion.closed_form.time import time_constraints
+from perfusion.closed_form.uce import (
     Debiasing,
     concept_vectors,
     debias_constraints,
     moderation_constraints,
     preserving_constraints,
 )
+from perfusion.gated.covariance import Covariance
+from perfusion.text.encoded_prompt import match_in_order, whole_word
 
 START, END, PAD = "<start>", "<end>", "<pad>"
 SENTENCE = ("a {} here",)

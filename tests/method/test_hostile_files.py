@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perfusion.concept import Concept, ConceptFileError, load_concept, save_concept
-from perfusion.safe_file import FILE_LIMIT, HEADER_LIMIT
+from perfusion.concept.concept import Concept, ConceptFileError, load_concept, save_concept
+from perfusion.files.safe_file import FILE_LIMIT, HEADER_LIMIT
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perfusion.key_lock import locked_outputs
-from perfusion.rank_one import Direction, edit_projection
+from perfusion.gated.key_lock import locked_outputs
+from perfusion.gated.rank_one import Direction, edit_projection
 
 
 def test_every_layers_key_is_its_own_projection_of_the_superclass():

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from perfusion.loss_bands import BANDS, BandSmoother, LossRecord
+from perfusion.training.loss_bands import BANDS, BandSmoother, LossRecord
 
 
 def test_a_band_is_the_mean_of_its_own_rows():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perfusion.losses import masked_mean
+from perfusion.training.losses import masked_mean
 
 
 def test_without_masks_it_is_the_plain_mean():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from perfusion.low_rank import LowRank, lora_tensors
+from perfusion.closed_form.low_rank import LowRank, lora_tensors
 
 
 def change(rank: int, seed: int = 0) -> LowRank:

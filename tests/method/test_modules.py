@@ -17,7 +17,7 @@ from perfusion import (
     make_key_value_proj_rank1_edit_modules_,
     merge_rank1_edit_modules,
 )
-from perfusion.rank_one import Direction, edit_projection
+from perfusion.gated.rank_one import Direction, edit_projection
 
 WIDTH, FEATURES, TOKENS = 48, 20, 11
 

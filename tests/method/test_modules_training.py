@@ -24,8 +24,8 @@ from perfusion import (
     make_key_value_proj_rank1_edit_modules_,
     save_modules,
 )
-from perfusion.concept import load_concept
-from perfusion.losses import masked_mean
+from perfusion.concept.concept import load_concept
+from perfusion.training.losses import masked_mean
 
 WORDS = ["<pad>", "<end>", "a", "photo", "of", "the", "my", "cat", "dog", "bird"]
 COLOURS = {"cat": (0.9, -0.8, -0.7), "dog": (-0.8, 0.9, -0.6), "bird": (-0.7, -0.6, 0.9)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from perfusion.rank_one import Direction, edit_projection
+from perfusion.gated.rank_one import Direction, edit_projection
 
 WIDTH, FEATURES, TOKENS = 48, 20, 11
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perfusion.rank_one import (
+from perfusion.gated.rank_one import (
     Direction,
     GatedEdit,
     active_directions,

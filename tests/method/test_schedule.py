@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perfusion import Concept, Schedule, edited_inputs, gated_inputs, open_gates, save_concept
-from perfusion.rank_one import Direction, combine
+from perfusion.gated.rank_one import Direction, combine
 
 
 def concept():

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from perfusion.scores import Score, best, mean_similarity, paired_similarity, table
+from perfusion.training.scores import Score, best, mean_similarity, paired_similarity, table
 
 # A run that overfits: ever more like the training pictures, ever less like the prompts.
 OVERFITTING = [

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from perfusion.prompts import fill
-from perfusion.rank_one import GatedEdit, edit_projection, similarities
-from perfusion.training import Batch, Encoded, TrainingResult, train_concept
+from perfusion.gated.rank_one import GatedEdit, edit_projection, similarities
+from perfusion.text.prompts import fill
+from perfusion.training.run import Batch, Encoded, TrainingResult, train_concept
 from tests.method.tiny_diffusion import (
     SIDE,
     TEMPLATES,

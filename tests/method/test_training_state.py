@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perfusion.safe_file import ConceptFileError, write_atomically
-from perfusion.training_state import TrainingState, load_state, save_state
+from perfusion.files.safe_file import ConceptFileError, write_atomically
+from perfusion.training.state import TrainingState, load_state, save_state
 
 TENSORS = {
     "i": torch.rand(5, dtype=torch.float64),

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from perfusion.concept import Concept
-from perfusion.covariance import Covariance
-from perfusion.rank_one import GatedEdit, Part
-from perfusion.training import (
+from perfusion.concept.concept import Concept
+from perfusion.gated.covariance import Covariance
+from perfusion.gated.rank_one import GatedEdit, Part
+from perfusion.training.run import (
     Batch,
     Encoded,
     Progress,
@@ -21,7 +21,7 @@ from perfusion.training import (
     TrainingResult,
     train_concept,
 )
-from perfusion.training_state import load_state, save_state
+from perfusion.training.state import load_state, save_state
 from tests.method.tiny_diffusion import (
     SIDE,
     TinyDenoiser,

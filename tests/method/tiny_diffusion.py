@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perfusion.covariance import Covariance, CovarianceAccumulator
-from perfusion.key_lock import locked_outputs
-from perfusion.prompts import fill
-from perfusion.rank_one import GatedEdit, Part, gated_inputs
-from perfusion.training import Batch, Encoded, TrainingConfig, TrainingResult
+from perfusion.gated.covariance import Covariance, CovarianceAccumulator
+from perfusion.gated.key_lock import locked_outputs
+from perfusion.gated.rank_one import GatedEdit, Part, gated_inputs
+from perfusion.text.prompts import fill
+from perfusion.training.run import Batch, Encoded, TrainingConfig, TrainingResult
 
 WORDS = ["<end>", "a", "photo", "of", "the", "my", "one", "cat", "dog", "bird", "bath", "sks"]
 COLOURS = {"cat": (0.9, -0.8, -0.7), "dog": (-0.8, 0.9, -0.6), "bird": (-0.7, -0.6, 0.9)}

@@ -1,0 +1,1 @@
+"""The small world's model, built of ComfyUI's own classes."""

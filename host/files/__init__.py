@@ -1,0 +1,1 @@
+"""Files in ComfyUI's model folders."""

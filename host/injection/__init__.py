@@ -1,0 +1,1 @@
+"""Concepts inside a loaded model."""

@@ -1,0 +1,114 @@
+"""Which concepts act in which layer at which moment of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ...perfusion.concept.concept import Concept
+from ...perfusion.gated.rank_one import Basis, combine
+from ..models.blocks import layers_in
+
+Acting = tuple[int, ...]
+"""Numbers of the concepts that act, in their order."""
+
+_POINTS = 1000
+
+
+class Agenda:
+    """The schedules of some concepts over the layers of a model.
+
+    Layers in which the same concepts may act form a group; at each moment a group's `Acting` is
+    what is left of them.
+    """
+
+    def __init__(self, concepts: Sequence[Concept], layers: Sequence[str]) -> None:
+        self.concepts = tuple(concepts)
+        where = [
+            frozenset(layers) if c.schedule is None else layers_in(c.schedule.blocks, layers)
+            for c in concepts
+        ]
+        self.groups: dict[str, Acting] = {
+            layer: tuple(at for at, places in enumerate(where) if layer in places)
+            for layer in layers
+        }
+        self._bases: dict[Acting, Basis] = {}
+        for acting in sorted(self._possible()):
+            self.basis(acting)
+
+    @cached_property
+    def scheduled(self) -> bool:
+        """Whether anything depends on the moment."""
+        return any(concept.schedule is not None for concept in self.concepts)
+
+    def basis(self, acting: Acting) -> Basis:
+        """The directions of these concepts combined, in fp32 on the CPU.
+
+        Raises:
+            ValueError: for concepts that cannot act together.
+        """
+        if acting not in self._bases:
+            basis = combine([self.concepts[at].direction() for at in acting])
+            self._bases[acting] = basis.to(torch.device("cpu"), torch.float32)
+        return self._bases[acting]
+
+    def gates(self, acting: Acting, progress: float) -> tuple[list[float], list[float]] | None:
+        """Biases and temperatures at a moment, None where no schedule sets them."""
+        chosen = [self.concepts[at] for at in acting]
+        if all(concept.schedule is None for concept in chosen):
+            return None
+        pairs = [
+            (c.bias, c.temperature) if c.schedule is None else c.schedule.gate(progress)
+            for c in chosen
+        ]
+        return [bias for bias, _ in pairs], [temperature for _, temperature in pairs]
+
+    def _possible(self) -> set[Acting]:
+        """What may act together, so that what cannot is refused before anything runs."""
+        schedules = [concept.schedule for concept in self.concepts]
+        moments = {0.0} | {point for s in schedules if s for point in (s.start, s.end)}
+        now = [
+            {at for at, s in enumerate(schedules) if s is None or s.start <= moment <= s.end}
+            for moment in moments
+        ]
+        sets = {
+            tuple(at for at in group if at in acting)
+            for group in set(self.groups.values())
+            for acting in now
+        }
+        return sets - {()}
+
+
+class Clock:
+    """Tells from the noise level how far the sampling of one model is."""
+
+    def __init__(self, sampling: Any) -> None:
+        self._sampling = sampling
+        # ComfyUI puts the very ends outside of the schedule.
+        self._points = torch.linspace(0, 1, _POINTS + 1, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        # They fall from the noise's to the picture's end.
+        self._sigmas = torch.tensor([self._sigma(float(point)) for point in self._points])
+
+    def acting(self, concepts: Sequence[Concept], sigma: float) -> set[int]:
+        """The concepts whose range holds a noise level, as ComfyUI's timestep ranges hold it."""
+        return {
+            at
+            for at, concept in enumerate(concepts)
+            if concept.schedule is None
+            or self._sigma(concept.schedule.end) <= sigma <= self._sigma(concept.schedule.start)
+        }
+
+    def progress(self, sigma: float) -> float:
+        """The part of the sampling done, 0 to 1."""
+        after = int((self._sigmas > sigma).sum())
+        if not 0 < after < len(self._points):
+            return 0.0 if after == 0 else 1.0
+        higher, lower = self._sigmas[after - 1 : after + 1].tolist()
+        start, end = self._points[after - 1 : after + 1].tolist()
+        return start + (end - start) * (higher - sigma) / (higher - lower)
+
+    def _sigma(self, percent: float) -> float:
+        return float(self._sampling.percent_to_sigma(percent))

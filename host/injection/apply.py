@@ -1,0 +1,122 @@
+"""Putting concepts on a model and its text encoder; clones carry them along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from ...perfusion.concept.concept import Concept
+from ..models.families import Family, check_clip, cross_attentions, family_named, family_of
+from ..text.placeholders import with_placeholders
+from ..text.twin import with_twins
+from .agenda import Agenda
+from .injection import KEY, ConceptInjection, set_injection
+
+KeyLock = Literal["local", "global"]
+KEY_LOCKS: tuple[KeyLock, ...] = get_args(KeyLock)
+_LOCK = f"{KEY}_key_lock"
+
+
+def apply_concepts(
+    model: Any, clip: Any, concepts: Sequence[Concept], key_lock: KeyLock = "local"
+) -> tuple[Any, Any]:
+    """A clone of a ModelPatcher and of a CLIP that know these concepts, besides earlier ones.
+
+    Applying twice equals applying once with both lists. Without concepts, or with all strengths
+    0, the model stays unedited; placeholders are served in any case. With the local key lock a
+    concept's own token has its superclass's keys; with the global one all keys are those of the
+    prompt with the superclass words in place of the placeholders (method section 1).
+
+    Raises:
+        ValueError: for a concept of another family or layer list, a placeholder in use twice,
+            parallel concepts, a block the model does not have, and for concepts that cannot share
+            a global key lock.
+        UnsupportedModelError: for a model or CLIP that cannot be edited.
+    """
+    family = family_of(model.model)
+    check_clip(clip, family)
+    for concept in concepts:
+        check_concept(concept, model.model, family)
+    applied = applied_concepts(model) + tuple(concepts)
+    active = [concept for concept in applied if concept.strength != 0]
+    check_key_lock(model, active, key_lock)
+    patched = model.clone()
+    patched.set_attachments(KEY, applied)
+    if active:
+        patched.set_attachments(_LOCK, key_lock)
+    agenda = Agenda(active, [layer.name for layer in cross_attentions(model.model)])
+    set_injection(patched, ConceptInjection(agenda, key_lock == "global") if active else None)
+    patched_clip = with_placeholders(clip, concepts)
+    return patched, with_twins(patched_clip, concepts) if key_lock == "global" else patched_clip
+
+
+def applied_concepts(model: Any) -> tuple[Concept, ...]:
+    """The concepts a ModelPatcher carries, in the order they were applied."""
+    return model.get_attachment(KEY) or ()
+
+
+def check_key_lock(model: Any, active: Sequence[Concept], key_lock: KeyLock) -> None:
+    """Make sure that these concepts, some of them on the model already, can be locked this way.
+
+    Raises:
+        ValueError: naming the concept and the remedy.
+    """
+    former = model.get_attachment(_LOCK)
+    if former not in (None, key_lock) and active:
+        raise ValueError(
+            f"the model carries concepts with {former} key lock; expected the same for those "
+            f"applied after them, found {key_lock}; choose one for all Apply Concepts in a row"
+        )
+    if key_lock == "local":
+        return
+    for concept in active:
+        if concept.o_k is not None:
+            raise ValueError(
+                f"concept {concept.placeholder!r} was trained with keys of its own, which a global "
+                "key lock would replace; apply it with local key lock"
+            )
+    plans = {(c.schedule.start, c.schedule.end, c.schedule.blocks) if c.schedule else None
+             for c in active}  # fmt: skip
+    if len(plans) > 1:
+        raise ValueError(
+            "with global key lock the keys are those of one second prompt, so all concepts must "
+            f"act at the same time and place; found {len(plans)} different schedules; give all "
+            "the same range and blocks, or use local key lock"
+        )
+
+
+def check_concept(concept: Concept, model: Any, family: Family) -> None:
+    """Make sure a concept was trained for this family and for these very layers.
+
+    Raises:
+        ValueError: naming both sides and the remedy.
+    """
+    if concept.family != family.name:
+        trained = family_named(concept.family)
+        raise ValueError(
+            f"concept {concept.placeholder!r} was trained for "
+            f"{trained.label if trained else repr(concept.family)}, the model is {family.label}; "
+            "load a model of the concept's family or train the concept again on this model"
+        )
+    if concept.i.shape != (family.width,):
+        raise ValueError(
+            f"concept {concept.placeholder!r} was trained on encodings {tuple(concept.i.shape)}, "
+            f"the model reads {family.width} wide ones; train the concept again on this model"
+        )
+    layers = {layer.name: layer.value_width for layer in cross_attentions(model)}
+    missing = [name for name in layers if name not in concept.layers]
+    surplus = [name for name in concept.layers if name not in layers]
+    if missing or surplus:
+        odd = missing[0] if missing else surplus[0]
+        raise ValueError(
+            f"concept {concept.placeholder!r} covers {len(concept.layers)} cross-attention layers, "
+            f"the model has {len(layers)} ({odd!r} is only in the "
+            f"{'model' if missing else 'concept'}); it was trained on another variant of "
+            f"{family.label}, train it again on this model"
+        )
+    for name, width in layers.items():
+        if concept.layers[name] != width:
+            raise ValueError(
+                f"concept {concept.placeholder!r} has {concept.layers[name]} values for layer "
+                f"{name!r}, the model has {width}; train the concept again on this model"
+            )

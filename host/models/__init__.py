@@ -1,0 +1,1 @@
+"""What is known of ComfyUI's models: families, blocks, losses."""

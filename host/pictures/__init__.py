@@ -1,0 +1,1 @@
+"""Pictures and masks, brought to what a model takes."""

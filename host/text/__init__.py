@@ -1,0 +1,1 @@
+"""Prompts through ComfyUI's text encoders."""

@@ -1,0 +1,1 @@
+"""Closed-form edits of projections: one solver, three builders of constraints."""

@@ -1,0 +1,97 @@
+"""What a closed-form edit did to a model's projections, in figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .low_rank import LowRank
+from .solver import TextEdit
+
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Figures of one projection; norms are Frobenius'.
+
+    Attributes:
+        name: of the projection.
+        change: |dW| / |W|.
+        residual: how much of the asked-for change of outputs is not met (0 met, 1 nothing done).
+        drift: |dW e| / |W e| over preserved encodings; None when nothing is preserved.
+    """
+
+    name: str
+    change: float
+    residual: float
+    drift: float | None
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """Figures of a whole edit.
+
+    Attributes:
+        layers: one for each projection.
+        constraints: how many there were, and how many of them asked for a change.
+        rank: of the edit.
+        condition: condition number of the solved system.
+    """
+
+    layers: tuple[LayerReport, ...]
+    constraints: tuple[int, int]
+    rank: int
+    condition: float
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{len(self.layers)} projections edited, rank {self.rank}",
+            f"constraints: {self.constraints[0]}, of which {self.constraints[1]} ask for a change",
+            f"|dW|/|W|: {_spread([layer.change for layer in self.layers])}",
+            f"asked for and not met: {_spread([layer.residual for layer in self.layers])}",
+        ]
+        drifts = [layer.drift for layer in self.layers if layer.drift is not None]
+        lines.append(f"drift of what is preserved: {_spread(drifts) if drifts else 'not measured'}")
+        lines.append(f"condition number {self.condition:.1e}")
+        return "\n".join(lines)
+
+
+def measure_layer(
+    name: str, weight: Tensor, change: LowRank, edit: TextEdit, preserved: Tensor | None = None
+) -> LayerReport:
+    """Figures of one projection ``weight`` (d, D), on at most 64 constraints and preserved rows.
+
+    ``preserved``: encodings (m, D) or None.
+    """
+    asked = edit.constraints
+    moved = asked.moved
+    step = max(1, -(-int(moved.sum()) // _ROWS))
+    inputs, targets = (rows[moved][::step].to(change.up) for rows in (asked.inputs, asked.targets))
+    scale = asked.row_weights[moved][::step].sqrt().to(change.up)
+    kind = weight.detach().to(change.up.dtype)
+    wanted = ((targets - inputs) @ kind.mT) * scale[:, None]
+    done = (inputs @ change.down.mT @ change.up.mT) * scale[:, None]
+    drift = None
+    if preserved is not None and len(preserved):
+        rows = preserved.to(change.up)
+        drift = _ratio(rows @ change.down.mT @ change.up.mT, rows @ kind.mT)
+    return LayerReport(
+        name=name,
+        change=change.norm() / max(float(torch.linalg.vector_norm(kind)), 1e-30),
+        residual=_ratio(wanted - done, wanted),
+        drift=drift,
+    )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    size = float(torch.linalg.vector_norm(whole))
+    return float(torch.linalg.vector_norm(part)) / size if size else 0.0
+
+
+def _spread(values: list[float]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[len(ordered) // 2]:.2g} (median), {ordered[0]:.2g} to {ordered[-1]:.2g}"

@@ -1,0 +1,84 @@
+"""TIME: change what a model assumes where a prompt leaves it open (arXiv 2303.08084, section 4).
+
+"A pack of roses" shall mean what "a pack of blue roses" means: every token of the source gets the
+keys and values that its counterpart has in the destination.
+
+That rests on a text encoder that lets later words know of earlier ones: the added word itself has
+no counterpart, its meaning must have reached the words behind it. Where it does not (small
+encoders, colours), ``carry`` (ours) gives the neighbouring word a part of what the added word's own
+encoding has beyond that of the word in front of it, as UCE adds attributes to a concept.
+"""
+
+from __future__ import annotations
+
+from ..text.encoded_prompt import EncodedPrompt, Encoder, check_prompt, match_in_order
+from .solver import Constraints
+
+RIDGE = 0.1
+"""lambda of the paper."""
+AUGMENTATIONS = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
+"""The paper's prompts around source and destination."""
+
+
+def time_constraints(
+    encode: Encoder,
+    source: str,
+    destination: str,
+    augment: bool = True,
+    carry: float = 0.0,
+    with_padding: bool = True,
+) -> Constraints:
+    """The constraints of one edit; solve them with ``RIDGE`` and no prior for the paper's edit.
+
+    ``carry`` (0 in the paper): how much of an added word's encoding the word behind it takes on,
+    or the word before it at the end of the prompt. ``with_padding`` (True in the paper): match end
+    and padding too, not only the words.
+
+    Raises:
+        ValueError: for an empty or equal prompt, and for a source word that the destination lacks.
+    """
+    source = check_prompt("source prompt", source)
+    destination = check_prompt("destination prompt", destination)
+    templates = AUGMENTATIONS if augment else AUGMENTATIONS[:1]
+    prompts = [
+        template.replace("{}", text) for template in templates for text in (source, destination)
+    ]
+    encoded = encode(prompts)
+    if encoded[0].tokens == encoded[1].tokens:
+        raise ValueError(
+            f"source {source!r} and destination {destination!r} are the same words: there is "
+            "nothing to edit; add to the destination what the model shall assume"
+        )
+    pairs = zip(encoded[::2], encoded[1::2], strict=True)
+    return Constraints.join([_matched(*pair, carry, with_padding) for pair in pairs])
+
+
+def _matched(
+    source: EncodedPrompt, destination: EncodedPrompt, carry: float, with_padding: bool
+) -> Constraints:
+    matched = match_in_order(source, destination)
+    targets = destination.encodings[matched]
+    if carry:
+        for at, position in _added(source, destination, matched):
+            before = _before(destination, matched, position)
+            targets[at] += carry * (destination.encodings[position] - destination.encodings[before])
+    count = None if with_padding else source.end
+    return Constraints(source.encodings[:count], targets[:count])
+
+
+def _before(destination: EncodedPrompt, matched: list[int], position: int) -> int:
+    # The last matched token in front of an added word; the start of the prompt if there is none.
+    return max((at for at in matched if at < position), default=0)
+
+
+def _added(
+    source: EncodedPrompt, destination: EncodedPrompt, matched: list[int]
+) -> list[tuple[int, int]]:
+    # For every added word of the destination, the source position that takes it on.
+    words = matched[source.first : source.end]
+    found = []
+    for position in range(destination.first, destination.end):
+        if position not in words:
+            behind = sum(word < position for word in words)
+            found.append((source.first + min(behind, len(words) - 1), position))
+    return found

@@ -1,0 +1,105 @@
+"""UCE: moderating and debiasing concepts, and preserving others (arXiv 2308.14761, section 4).
+
+One vector stands for a concept, the encoding of its phrase's last token. (Erasing and replacing are
+in ``erase.py``.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..text.encoded_prompt import Encoder, check_prompt
+from .solver import Constraints
+
+RIDGE = 0.5
+"""lambda of the authors."""
+
+
+@dataclass(frozen=True)
+class Debiasing:
+    """A concept whose pictures shall show its attributes in other shares.
+
+    Attributes:
+        concept: the phrase, such as "doctor".
+        attributes: phrases, such as "female doctor" and "male doctor".
+        measured: shares of the attributes in pictures of the concept, as the model draws it now.
+        wanted: shares to reach; equal ones when empty.
+        step: how far to push for a share that is wrong by 1.
+    """
+
+    concept: str
+    attributes: tuple[str, ...]
+    measured: tuple[float, ...]
+    wanted: tuple[float, ...] = ()
+    step: float = 1.0
+
+    def __post_init__(self) -> None:
+        count = len(self.attributes)
+        if count < 2:
+            raise ValueError(
+                f"expected at least two attributes to balance in {self.concept!r}, found {count}"
+            )
+        for name in ("measured", "wanted"):
+            shares = getattr(self, name)
+            if name == "wanted" and not shares:
+                continue
+            if len(shares) != count or min(shares) < 0 or abs(sum(shares) - 1) > 0.01:
+                raise ValueError(
+                    f"expected {count} {name} shares that add up to 1, one for each attribute, "
+                    f"found {', '.join(f'{share:g}' for share in shares) or 'none'}"
+                )
+        if not self.step > 0:
+            raise ValueError(f"expected a step above 0, found {self.step}")
+
+    @property
+    def pushes(self) -> tuple[float, ...]:
+        """How much of each attribute to add: step times what is missing of it. Their sum is 0."""
+        count = len(self.attributes)
+        wanted = self.wanted or (1 / count,) * count
+        return tuple(
+            self.step * (want - have) for want, have in zip(wanted, self.measured, strict=True)
+        )
+
+
+def concept_vectors(encode: Encoder, phrases: Sequence[str]) -> Tensor:
+    """(n, D): the encoding of the last token of each phrase alone."""
+    checked = [check_prompt("phrase", phrase) for phrase in phrases]
+    return torch.stack([found.encodings[found.last_word] for found in encode(checked)])
+
+
+def moderation_constraints(encode: Encoder, phrases: Sequence[str]) -> Constraints:
+    """Concepts that shall mean no more than an empty prompt does."""
+    (empty,) = encode([""])
+    inputs = concept_vectors(encode, phrases)
+    return Constraints(inputs, empty.encodings[empty.end].expand_as(inputs))
+
+
+def preserving_constraints(encode: Encoder, phrases: Sequence[str], weight: float) -> Constraints:
+    """Concepts that shall stay as they are."""
+    inputs = concept_vectors(encode, phrases)
+    return Constraints(inputs, inputs, torch.full((len(inputs),), float(weight)))
+
+
+def debias_constraints(encode: Encoder, debiasings: Sequence[Debiasing]) -> Constraints:
+    """Concepts pushed towards the attributes they show too rarely and away from the others.
+
+    v = W (c + sum_i alpha_i a_i) with alpha_i in proportion to the share that is missing. As in
+    the paper the shares are measured again after an edit, and a further edit follows until they
+    are met. Raises ValueError when the shares are met already.
+    """
+    parts = []
+    for debiasing in debiasings:
+        concept = concept_vectors(encode, [debiasing.concept])
+        attributes = concept_vectors(encode, debiasing.attributes)
+        pushes = torch.tensor(debiasing.pushes).to(attributes)
+        if not bool((pushes != 0).any()):
+            raise ValueError(
+                f"the measured shares of {debiasing.concept!r} are the wanted ones: there is "
+                "nothing to edit"
+            )
+        parts.append(Constraints(concept, concept + pushes @ attributes))
+    return Constraints.join(parts)

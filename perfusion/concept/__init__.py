@@ -1,0 +1,1 @@
+"""A concept: the value, its file, what it says about itself."""

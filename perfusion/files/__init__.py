@@ -1,0 +1,1 @@
+"""Safetensors from strangers in, whole files out."""

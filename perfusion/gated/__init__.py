@@ -1,0 +1,1 @@
+"""The gated rank-one edit: gates, key locks, covariance."""

@@ -1,0 +1,1 @@
+"""The method as `nn.Module`s for research code."""

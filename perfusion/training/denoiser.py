@@ -1,0 +1,144 @@
+"""What training needs of a text-to-image model. `host` implements it; the method only sees this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..gated.rank_one import GatedEdit, Part
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Prompts as the model is conditioned on them.
+
+    ``encodings`` (B, N, D); ``mask`` (B, N) bool is True at the tokens of the concept (or of the
+    superclass word standing in its place). ``extra`` (B, ...) is the denoiser's own (pooled
+    outputs) and only ever handed back to it.
+    """
+
+    encodings: Tensor
+    mask: Tensor
+    extra: Tensor | None = None
+
+    def rows(self, chosen: Tensor) -> Encoded:
+        """Some of the prompts, by their int64 indices (n,)."""
+        at = chosen.to(self.encodings.device)
+        extra = None if self.extra is None else self.extra[chosen.to(self.extra.device)]
+        return Encoded(self.encodings[at], self.mask[chosen.to(self.mask.device)], extra)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The random choices of one step, made with the trainer's own generator.
+
+    ``indices`` (B,) int64 name training images, ``variants`` (B,) int64 their augmented versions.
+    ``timesteps`` (B,) float32 lie in [0, 1) and are to be mapped onto the model's own schedule.
+    ``seeds`` (B,) int64: the noise of a row comes from a CPU generator of its own with that seed,
+    so it does not depend on which rows are computed together.
+    """
+
+    indices: Tensor
+    variants: Tensor
+    timesteps: Tensor
+    seeds: Tensor
+
+    def rows(self, chosen: Tensor) -> Batch:
+        """Some of the rows, by their int64 indices (n,)."""
+        every = self.indices, self.variants, self.timesteps, self.seeds
+        return Batch(*(tensor[chosen] for tensor in every))
+
+    def noise(self, *shape: int) -> Tensor:
+        """The rows' standard normal noise (B, *shape), float32 on the CPU."""
+        generators = (torch.Generator().manual_seed(seed) for seed in self.seeds.tolist())
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+class Denoiser(Protocol):
+    """A frozen model with its training images.
+
+    Nothing here may change the model's weights. Everything differentiable is so only with respect
+    to the embeddings and the edit's outputs.
+    """
+
+    @property
+    def family(self) -> str:
+        """Model family, e.g. "sd1"; goes into the concept."""
+        ...
+
+    @property
+    def encoder_hash(self) -> str:
+        """Identifies the text encoder, its layer and its concatenation."""
+        ...
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        """Module path of every cross-attention over text -> d, the width of its keys and values."""
+        ...
+
+    @property
+    def image_count(self) -> int:
+        """How many training images there are."""
+        ...
+
+    @property
+    def variant_count(self) -> int:
+        """How many augmented versions there are of each image, at least 1."""
+        ...
+
+    @property
+    def data_hash(self) -> str:
+        """Identifies the model's weights, the images, their masks and their augmentation."""
+        ...
+
+    @property
+    def needs_scaling(self) -> bool:
+        """Whether gradients are computed in fp16, where those of a plain loss would vanish."""
+        ...
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width of an image on the latent grid, the same for all its variants."""
+        ...
+
+    def initial_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> token vector (dim,) of the superclass (mean over its sub-words)."""
+        ...
+
+    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
+        """Encode prompts that each contain the placeholder once, with these token vectors.
+
+        Differentiable with respect to ``embeddings``. Raises ValueError, naming the prompt, when
+        the placeholder is missing from it.
+        """
+        ...
+
+    def encode_superclass(self, prompts: Sequence[str]) -> Encoded:
+        """Encode prompts that each contain the superclass once, the mask on all its sub-words.
+
+        Raises ValueError, naming the prompt, when the superclass is missing from it.
+        """
+        ...
+
+    def project(self, layer: str, part: Part, encodings: Tensor) -> Tensor:
+        """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward."""
+        ...
+
+    def errors(self, batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+        """Squared error (B, C, h, w) of the model's prediction, times its native loss weight.
+
+        Noises the images of ``batch``, all of one shape, and predicts with ``encoded`` as the
+        condition; with an ``edit``, every text projection of every layer is
+        ``edit.apply(own_forward, layer, part)`` instead of its own forward.
+        """
+        ...
+
+    def masks(self, batch: Batch) -> Tensor | None:
+        """Weights (B, 1, h, w) of the pixels of these images, or None for no masks.
+
+        The images are of one shape. Either all images have masks or none.
+        """
+        ...
