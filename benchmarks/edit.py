@@ -31,7 +31,7 @@ from inprocess import load_pack
 load_pack()
 
 from comfyui_perfusion.host.closed_form.weight_patches import EditSettings, apply_edit  # noqa: E402
-from comfyui_perfusion.nodes.editing import default_sentences  # noqa: E402
+from comfyui_perfusion.host.text.caption_sources import sentences_known_to  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.mace import (  # noqa: E402
     GENERIC_ANCHOR,
     Erasure,
@@ -157,7 +157,7 @@ def erase_constraints(world: World, count: int, method: str) -> Constraints:
     kinds, scenes = ERASED_SETS[count]
     parts = []
     for words, sentences in (
-        (kinds, default_sentences(world.clip)),
+        (kinds, sentences_known_to(world.clip)),
         (scenes, SCENE_SENTENCES),
     ):
         erasures = [Erasure(word) for word in words]

@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from comfyui_perfusion.host.injection.apply import apply_concepts  # noqa: E402
 from comfyui_perfusion.host.models.families import cross_attentions, family_of  # noqa: E402
 from comfyui_perfusion.host.text.twin import with_twin  # noqa: E402
-from comfyui_perfusion.perfusion import Schedule  # noqa: E402
+from comfyui_perfusion.perfusion import GateSchedule  # noqa: E402
 
 from ._models import PUBLISHED_CHANNELS, random_concepts, random_model, text_encoder  # noqa: E402
 from ._report import print_table, write_results  # noqa: E402
@@ -136,7 +136,7 @@ def candidates(model: Any, family: str) -> dict[str, Any]:
         found[name] = apply_concepts(model, clip, random_concepts(model, count))[0]
     one = random_concepts(model, 1)
     found["1, global key lock"] = apply_concepts(model, clip, one, "global")[0]
-    moving = [one[0].with_schedule(Schedule(0, 1, (0.4, 0.7), (0.1, 0.2)))]
+    moving = [one[0].with_schedule(GateSchedule(0, 1, (0.4, 0.7), (0.1, 0.2)))]
     found["1, moving gate"] = apply_concepts(model, clip, moving)[0]
     return found
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..demo.captions import SCENE_WORDS, STYLE_WORDS
 from ..host.closed_form.edits import (
     BOTH,
     REFINEMENT,
@@ -18,7 +17,7 @@ from ..host.closed_form.edits import (
 )
 from ..host.closed_form.lora_files import DTYPES, write_edit
 from ..host.closed_form.weight_patches import EditSettings
-from ..host.models.families import family_of_clip
+from ..host.text.caption_sources import sentences_known_to
 from ..perfusion.closed_form.preserve import Preserved
 from ..perfusion.closed_form.time import RIDGE as TIME_RIDGE
 from ..perfusion.closed_form.uce import RIDGE as UCE_RIDGE
@@ -230,7 +229,7 @@ class PerfusionEraseConcepts(io.ComfyNode):
     ) -> io.NodeOutput:
         """MODEL, STRING; the report as text on the node."""
         settings = EditSettings(ridge, strength, with_to_k, layers, restart)
-        chosen = _lines(sentences) or default_sentences(clip)
+        chosen = _lines(sentences) or sentences_known_to(clip)
         return _edited(erase_concepts(model, clip, concepts, method, chosen, settings, preserve))
 
 
@@ -430,15 +429,6 @@ class PerfusionSaveEdit(io.ComfyNode):
             f"{saved.rank}, error of the shorter rank {saved.error:.2g}"
         )
         return io.NodeOutput(model, ui=ui.PreviewText(text))
-
-
-def default_sentences(clip: Any) -> list[str]:
-    """Sentences of words a text encoder knows; empty for the built-in everyday ones."""
-    if family_of_clip(clip).name != "small_world":
-        return []
-    scenes = ["", *(f" {places[0]}" for places in SCENE_WORDS.values())]
-    starts = ["", *(f"{start} " for words in STYLE_WORDS.values() for start in words[:2])]
-    return [f"{start}a {{}}{scene}" for start in starts for scene in scenes]
 
 
 def _shares(name: str, text: str) -> tuple[float, ...]:

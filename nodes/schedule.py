@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..perfusion.concept.concept import Concept
-from ..perfusion.gated.gate_schedule import Schedule
+from ..perfusion.gated.gate_schedule import GateSchedule
 from .kinds import ConceptKind
 
 
@@ -53,7 +53,7 @@ class PerfusionScheduleGate(io.ComfyNode):
         blocks: str,
     ) -> io.NodeOutput:
         """PERFUSION_CONCEPT."""
-        schedule = Schedule(
+        schedule = GateSchedule(
             start_percent,
             end_percent,
             (bias_start, bias_end),

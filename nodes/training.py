@@ -7,9 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..demo.captions import sample_captions
-from ..host.models.families import family_of_clip
-from ..host.text.caption_sources import CaptionSource, built_in, of_file, of_list, of_text
+from ..host.text.caption_sources import known_to, of_file, of_text
 from ..host.text.captions import COUNT
 from ..host.text.covariance import describe
 from ..host.training.options import TrainingOptions, captions_of
@@ -21,7 +19,6 @@ from .kinds import ConceptKind, CovarianceKind, LossMapKind, TrainingOptionsKind
 from .lists import first_or_none, only
 
 CATEGORY = "perfusion/training"
-SMALL_WORLD_CAPTIONS = 600
 
 
 class PerfusionTrainConcept(io.ComfyNode):
@@ -194,7 +191,7 @@ class PerfusionTrainConcept(io.ComfyNode):
             statistics,
             config,
             first_or_none("options", options),
-            default_captions(text_encoder) if statistics is None else None,
+            known_to(text_encoder) if statistics is None else None,
             first_or_none("clip_vision", clip_vision),
         )
         record = trained.result.record
@@ -282,14 +279,7 @@ class PerfusionCovariance(io.ComfyNode):
         elif captions_file.strip():
             source = of_file(captions_file.strip())
         else:
-            source = default_captions(clip, count)
+            source = known_to(clip, count)
         covariance = covariance_with_progress(clip, source, positions)
         report = describe(covariance)
         return io.NodeOutput(covariance, report, ui=ui.PreviewText(report))
-
-
-def default_captions(clip: Any, count: int = COUNT) -> CaptionSource:
-    """Captions a text encoder knows the words of."""
-    if family_of_clip(clip).name == "small_world":
-        return of_list("small world 1", sample_captions(min(count, SMALL_WORLD_CAPTIONS)))
-    return built_in(count)

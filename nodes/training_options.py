@@ -10,7 +10,7 @@ from ..host.pictures.training_images import ImageOptions
 from ..host.training.options import SAMPLE_PROMPTS, Resume, TrainingOptions, lines_of
 from ..host.training.private_copy import Precision
 from ..perfusion.text.prompts import TEMPLATES
-from ..perfusion.training.config import Schedule
+from ..perfusion.training.config import RateSchedule
 from ..perfusion.training.losses import Normalisation
 from .kinds import TrainingOptionsKind
 
@@ -60,7 +60,7 @@ class PerfusionTrainingOptions(io.ComfyNode):
         variants: int = DEFAULT.images.variants,
         mask_background: float = DEFAULT.background,
         mask_normalisation: Normalisation = DEFAULT.normalisation,
-        schedule: Schedule = DEFAULT.schedule,
+        schedule: RateSchedule = DEFAULT.schedule,
         templates: str = "",
         train_bias: float = DEFAULT.bias,
         train_temperature: float = DEFAULT.temperature,
@@ -292,7 +292,7 @@ def _learning() -> list[io.Input]:
         io.Combo.Input(
             "schedule",
             optional=True,
-            options=list(get_args(Schedule)),
+            options=list(get_args(RateSchedule)),
             default=DEFAULT.schedule,
             tooltip="Learning rates over the steps. cosine: down to 0 at the end, so that a "
             "concept does not carry the last steps' noise; such a training cannot be made longer. "

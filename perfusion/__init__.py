@@ -4,7 +4,7 @@ from .closed_form.edit_model import ModelEdit, edit_model, edit_with, prompt_enc
 from .closed_form.low_rank import LowRank, lora_tensors
 from .closed_form.mace import Erasure, refinement_constraints, replacement_constraints
 from .closed_form.preserve import Preserved
-from .closed_form.solver import Constraints, TextEdit, solve
+from .closed_form.solver import Constraints, SolvedEdit, solve
 from .closed_form.time import time_constraints
 from .closed_form.uce import (
     Debiasing,
@@ -12,15 +12,17 @@ from .closed_form.uce import (
     moderation_constraints,
     preserving_constraints,
 )
-from .concept.concept import Concept, ConceptFileError, load_concept, save_concept
+from .concept.concept import Concept
+from .concept.concept_file import load_concept, save_concept
+from .files.safe_file import FileFormatError
 from .gated.covariance import Covariance, CovarianceAccumulator
 from .gated.covariance_file import load_covariance, save_covariance
-from .gated.gate_schedule import Schedule
+from .gated.gate_schedule import GateSchedule
 from .gated.key_lock import locked_outputs
 from .gated.rank_one import (
     Basis,
     Direction,
-    GatedEdit,
+    GatedProjections,
     active_directions,
     combine,
     edit_projection,
@@ -49,8 +51,8 @@ from .modules.projections import (
 from .text.encoded_prompt import EncodedPrompt
 from .training.run import (
     Batch,
+    Conditioning,
     Denoiser,
-    Encoded,
     Progress,
     TrainingCallbacks,
     TrainingConfig,
@@ -65,8 +67,8 @@ __all__ = [
     "Basis",
     "Batch",
     "Concept",
-    "ConceptFileError",
     "ConceptInputs",
+    "Conditioning",
     "Constraints",
     "Covariance",
     "CovarianceAccumulator",
@@ -75,18 +77,18 @@ __all__ = [
     "Direction",
     "EmbeddingReturn",
     "EmbeddingWrapper",
-    "Encoded",
     "EncodedPrompt",
     "Erasure",
-    "GatedEdit",
+    "FileFormatError",
+    "GateSchedule",
+    "GatedProjections",
     "LowRank",
     "ModelEdit",
     "OpenClipEmbedWrapper",
     "Preserved",
     "Progress",
     "Rank1EditModule",
-    "Schedule",
-    "TextEdit",
+    "SolvedEdit",
     "TrainingCallbacks",
     "TrainingConfig",
     "TrainingResult",

@@ -125,7 +125,7 @@ class CrossAttention(nn.Module):
 
 
 class Pen(nn.Module):
-    """Encoded text (B, N, WIDTH) -> a movement (B, 2, MOMENTS)."""
+    """Conditioning text (B, N, WIDTH) -> a movement (B, 2, MOMENTS)."""
 
     def __init__(self) -> None:
         super().__init__()

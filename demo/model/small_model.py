@@ -61,7 +61,6 @@ class SmallWorld(comfy.supported_models_base.BASE):
     """Model configuration: v-prediction, and a schedule with more noise than SD's at its end,
     because small pictures survive noise longer."""
 
-    perfusion_family = "small_world"
     unet_extra_config: ClassVar = {"num_heads": -1, "num_head_channels": 32}
     sampling_settings: ClassVar = {"linear_start": 0.00085, "linear_end": 0.03}
     latent_format = SmallLatents

@@ -16,7 +16,7 @@ BATCH = 32
 
 
 class PromptEncoder:
-    """Encodes prompts with one CLIP, each once; an `Encoder` for the constraint builders.
+    """Encodes prompts with one CLIP, each once; an `EncodePrompts` for the constraint builders.
 
     Clip skip, LoRA, concatenation, placeholders and prompt weights count as they do in a graph.
     Tokens and pieces are those of the first text encoder; all of them cut text the same way.

@@ -8,7 +8,8 @@ import comfyui_version
 import folder_paths
 import torch
 
-from ...perfusion.concept.concept import Concept, load_concept, save_concept
+from ...perfusion.concept.concept import Concept
+from ...perfusion.concept.concept_file import load_concept, save_concept
 from ...perfusion.concept.metadata import with_origin
 from .numbered_files import EXTENSION, numbered_file
 

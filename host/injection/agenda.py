@@ -61,7 +61,7 @@ class Agenda:
         if all(concept.schedule is None for concept in chosen):
             return None
         pairs = [
-            (c.bias, c.temperature) if c.schedule is None else c.schedule.gate(progress)
+            (c.gate.bias, c.gate.temperature) if c.schedule is None else c.schedule.gate(progress)
             for c in chosen
         ]
         return [bias for bias, _ in pairs], [temperature for _, temperature in pairs]

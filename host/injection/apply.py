@@ -38,7 +38,7 @@ def apply_concepts(
     for concept in concepts:
         check_concept(concept, model.model, family)
     applied = applied_concepts(model) + tuple(concepts)
-    active = [concept for concept in applied if concept.strength != 0]
+    active = [concept for concept in applied if concept.gate.strength != 0]
     check_key_lock(model, active, key_lock)
     patched = model.clone()
     patched.set_attachments(KEY, applied)

@@ -18,7 +18,7 @@ Projection = Callable[[Tensor], Tensor]
 _DISPATCHER = "_perfusion_dispatcher"
 
 
-class Edit(Protocol):
+class Override(Protocol):
     """What a dispatcher does in place of its projection."""
 
     def apply(self, original: Projection, encodings: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ class Dispatcher:
         self.original: Projection = module.forward
         self.replaced: Any = module.__dict__.get("forward")
         self.installed = False
-        self.edits: dict[int, Edit] = {}
-        self.active: Edit | None = None
+        self.edits: dict[int, Override] = {}
+        self.active: Override | None = None
 
     def __call__(self, encodings: Tensor) -> Tensor:
         edit = self.active
@@ -46,7 +46,7 @@ class Dispatcher:
             return self.original(encodings)
         return edit.apply(self.original, encodings)
 
-    def put(self, owner: int, edit: Edit) -> None:
+    def put(self, owner: int, edit: Override) -> None:
         """Add or replace the edit of one owner; it becomes the one in force."""
         self.edits.pop(owner, None)
         self.edits[owner] = edit

@@ -55,7 +55,7 @@ class Hints:
                     f"the schedule of {concept.placeholder!r} met no step of this sampling run; "
                     "use more steps or a longer range",
                 )
-            elif highest[at] < _SHUT * min(1.0, abs(concept.strength)):
+            elif highest[at] < _SHUT * min(1.0, abs(concept.gate.strength)):
                 self._say(
                     at,
                     f"no word of the prompts opens the gate of {concept.placeholder!r}: write "

@@ -25,7 +25,7 @@ _APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 _OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 
 
-class ConceptEdit:
+class InjectedProjection:
     """The concepts in one projection: one target output per concept that may act there.
 
     `targets` holds each concept's output (d,), or None where it is what the projection itself
@@ -85,7 +85,7 @@ class TwinKeys:
         return original(self.shared.keys_of(encodings))
 
 
-class _ModelEdit:
+class InjectedModel:
     """The edit of one injected model: its shared inputs and all its projections."""
 
     def __init__(self, model: Any, agenda: Agenda) -> None:
@@ -93,7 +93,7 @@ class _ModelEdit:
         self.cache = RunCache()
         self._agenda = agenda
         self._groups = {group: SharedInputs(group, agenda) for group in agenda.groups.values()}
-        self._edits: list[tuple[Dispatcher, ConceptEdit]] = []
+        self._edits: list[tuple[Dispatcher, InjectedProjection]] = []
         self._clock: tuple[Any, Clock] | None = None
         self._hooked = False
 
@@ -110,8 +110,8 @@ class _ModelEdit:
         if twin_keys:
             install(layer.to_k).put(owner, TwinKeys(shared))
         else:
-            self._put(owner, layer.to_k, ConceptEdit(shared, keys, superclasses))
-        self._put(owner, layer.to_v, ConceptEdit(shared, values, superclasses))
+            self._put(owner, layer.to_k, InjectedProjection(shared, keys, superclasses))
+        self._put(owner, layer.to_v, InjectedProjection(shared, values, superclasses))
 
     def begin(
         self, model: Any, sigma: Tensor, name: Any, encodings: Tensor, keys: Tensor
@@ -151,7 +151,7 @@ class _ModelEdit:
         for group in self._groups.values():
             group.forget()
 
-    def _put(self, owner: int, module: Any, edit: ConceptEdit) -> None:
+    def _put(self, owner: int, module: Any, edit: InjectedProjection) -> None:
         dispatcher = install(module)
         dispatcher.put(owner, edit)
         self._edits.append((dispatcher, edit))
@@ -176,12 +176,12 @@ class ConceptInjection:
         self._agenda = agenda
         self._global_lock = global_lock
         self._hints = Hints(agenda.concepts, global_lock)
-        self._live: dict[int, _ModelEdit] = {}
+        self._live: dict[int, InjectedModel] = {}
 
     def inject(self, patcher: Any) -> None:
         """Put the edit into the patcher's model. May be called again without an eject."""
         self.eject(patcher)
-        edit = _ModelEdit(patcher.model, self._agenda)
+        edit = InjectedModel(patcher.model, self._agenda)
         for layer in cross_attentions(patcher.model):
             edit.add(id(patcher), layer, self.concepts, self._global_lock)
         self._live[id(patcher)] = edit

@@ -7,6 +7,7 @@ Found by structure, never by a list of layer names: in ComfyUI's UNetModel every
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,23 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class OwnWords:
+    """What to say to a family whose text encoder knows few words.
+
+    Attributes:
+        key: names the captions wherever statistics of them are kept.
+        captions: count -> that many captions.
+        most: captions beyond which nothing new is said.
+        sentences: each with one ``{}``, for a phrase to stand in.
+    """
+
+    key: str
+    captions: Callable[[int], list[str]]
+    most: int
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models that share text encoders and layer structure.
 
@@ -26,21 +44,30 @@ class Family:
         label: the name a person knows it by.
         encoders: text encoder name (as in ComfyUI's `clip_<name>`) to its embedding width.
         width: D, the width of the encodings the projections read.
+        side: latent cells a side of the pictures it was trained on.
+        words: for a family that does not know everyday language.
     """
 
     name: str
     label: str
     encoders: dict[str, int]
     width: int
+    side: int
+    words: OwnWords | None = None
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family("sd1", "Stable Diffusion 1.x", {"l": 768}, 768),
-    Family("sd2", "Stable Diffusion 2.x", {"h": 1024}, 1024),
-    Family("sdxl", "SDXL", {"l": 768, "g": 1280}, 2048),
-    Family("sdxl_refiner", "SDXL refiner", {"g": 1280}, 1280),
-    Family("small_world", "the pack's small world", {"l": 128}, 128),
-)
+FAMILIES: list[Family] = [
+    Family("sd1", "Stable Diffusion 1.x", {"l": 768}, 768, side=64),
+    Family("sd2", "Stable Diffusion 2.x", {"h": 1024}, 1024, side=96),
+    Family("sdxl", "SDXL", {"l": 768, "g": 1280}, 2048, side=128),
+    Family("sdxl_refiner", "SDXL refiner", {"g": 1280}, 1280, side=128),
+]
+
+
+def register_family(family: Family) -> None:
+    """Add a row to the table, or replace the one of the same name."""
+    FAMILIES[:] = [known for known in FAMILIES if known.name != family.name] + [family]
+
 
 _CLIP_PREFIX = "clip_"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...perfusion.masks.attention import Grid, affinity, joined, spread, word_share
+from ...perfusion.masks.attention import Grid, affinity, joined, propagate, word_share
 
 # A layer must have this share of the latent's rows and this many, to know about shapes.
 _SHARE, _FEWEST = 4, 8
@@ -49,7 +49,7 @@ class AttentionWatch:
             if grid in self._alike
         }
         map_ = joined(looks, self._counts)
-        return spread(map_, alike, self._alike_counts), min(fine)[0]
+        return propagate(map_, alike, self._alike_counts), min(fine)[0]
 
     def _before_text(self, queries: Tensor, context: Tensor, value: Tensor, _: Any) -> Any:
         # Self-attention and cross-attention take the same way from here on, one after the other.

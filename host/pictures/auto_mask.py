@@ -34,8 +34,6 @@ PROMPT = "a photo of a {}"
 _EDGES = 512
 # Noised versions of a picture in one call: what sampling with guidance takes.
 _ROWS = 2
-# Latent cells a side of what each family was trained on.
-_SIDES = {"sd1": 64, "sd2": 96, "sdxl": 128, "sdxl_refiner": 128, "small_world": 8}
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def auto_mask(
     with torch.no_grad():
         prompt = _prompt(clip, word)
         factor = vae.spacial_compression_encode()
-        side = options.resolution or _SIDES[family.name] * factor
+        side = options.resolution or family.side * factor
         work = _working_size(images.shape[1:3], side, factor * _coarsening(model.model))
         latents = _latents(model, vae, pictures, work)
         maps, cell = _looks(_loaded(model, latents), latents, prompt, work, options)

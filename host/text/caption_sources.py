@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
+from comfy.sd import CLIP
 
+from ..models.families import family_of_clip
 from .captions import COUNT, GRAMMAR, everyday_captions
 
 # Longer lines are taken in pieces: a file may be one line of many gigabytes.
@@ -36,6 +38,20 @@ class CaptionSource:
 def built_in(count: int = COUNT) -> CaptionSource:
     """The first captions of the built-in grammar."""
     return CaptionSource(f"{GRAMMAR}, {count}", count, lambda: everyday_captions(count))
+
+
+def known_to(clip: CLIP, count: int = COUNT) -> CaptionSource:
+    """Captions of words that a text encoder knows: its family's own, or the built-in ones."""
+    words = family_of_clip(clip).words
+    if words is None:
+        return built_in(count)
+    return of_list(words.key, words.captions(min(count, words.most)))
+
+
+def sentences_known_to(clip: CLIP) -> tuple[str, ...]:
+    """Sentences of words that a text encoder knows; none where it knows everyday language."""
+    words = family_of_clip(clip).words
+    return () if words is None else words.sentences
 
 
 def of_text(text: str) -> CaptionSource:

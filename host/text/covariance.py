@@ -12,7 +12,7 @@ from typing import Any
 import folder_paths
 import torch
 
-from ...perfusion.files.safe_file import ConceptFileError
+from ...perfusion.files.safe_file import FileFormatError
 from ...perfusion.gated.covariance import Covariance, CovarianceAccumulator, Positions
 from ...perfusion.gated.covariance_file import load_covariance, save_covariance
 from .caption_sources import CaptionSource
@@ -82,7 +82,7 @@ def covariance_of(
             found = load_covariance(path)
             logger.info("covariance found: %s", path)
             return found
-        except ConceptFileError as error:
+        except FileFormatError as error:
             logger.warning("measuring the covariance again, its file cannot be used: %s", error)
     measured = measure_covariance(clip, source.read(), on_progress, positions, source.count)
     save_covariance(measured, path)

@@ -178,7 +178,7 @@ def with_twins(clip: Any, concepts: Sequence[Concept]) -> Any:
     encoders = encoder_models(clip)
     locks += tuple(
         _Lock(
-            concept.strength,
+            concept.gate.strength,
             {name: concept.embeddings[name].detach().float() for name in encoders},
             {
                 name: word_tokens(getattr(clip.tokenizer, f"clip_{name}"), concept.superclass)
@@ -186,7 +186,7 @@ def with_twins(clip: Any, concepts: Sequence[Concept]) -> Any:
             },
         )
         for concept in concepts
-        if concept.strength != 0
+        if concept.gate.strength != 0
     )
     if locks:
         clone.patcher.add_object_patch(ENCODE, TwinEncoder(clip, below, locks))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from ...perfusion.text.prompts import TEMPLATES
-from ...perfusion.training.config import Schedule, TrainingConfig
+from ...perfusion.training.config import RateSchedule, TrainingConfig
 from ...perfusion.training.losses import Normalisation
 from ..pictures.training_images import ImageOptions
 from .private_copy import Precision
@@ -49,7 +49,7 @@ class TrainingOptions:
     background: float = 0.0
     normalisation: Normalisation = "subject"
     images: ImageOptions = field(default_factory=ImageOptions)
-    schedule: Schedule = "cosine"
+    schedule: RateSchedule = "cosine"
     bias: float = TrainingConfig.bias
     temperature: float = TrainingConfig.temperature
     ema: float = TrainingConfig.ema

@@ -10,8 +10,9 @@ from pathlib import Path
 import folder_paths
 import torch
 
-from ...perfusion.concept.concept import Concept, ConceptFileError, load_concept, save_concept
-from ...perfusion.files.safe_file import TEMPORARY, replace_file
+from ...perfusion.concept.concept import Concept
+from ...perfusion.concept.concept_file import load_concept, save_concept
+from ...perfusion.files.safe_file import TEMPORARY, FileFormatError, replace_file
 from ...perfusion.training.run import TrainingResult
 from ...perfusion.training.state import TrainingState, load_state, save_state
 from ..files.concept_files import FOLDER
@@ -110,7 +111,7 @@ class Run:
             return None
         try:
             return load_concept(path)
-        except ConceptFileError as error:
+        except FileFormatError as error:
             logger.warning("%s", error)
             return None
 
@@ -133,7 +134,7 @@ class Run:
             if state.fingerprint == self.fingerprint:
                 return state
             why = f"{path} belongs to another training"
-        except ConceptFileError as error:
+        except FileFormatError as error:
             why = str(error)
         number = 1
         while (self.folder / f"training-damaged-{number}.state").exists():

@@ -11,8 +11,8 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...perfusion.gated.rank_one import GatedEdit, Part
-from ...perfusion.training.denoiser import Batch, Encoded
+from ...perfusion.gated.rank_one import GatedProjections, Part
+from ...perfusion.training.denoiser import Batch, Conditioning
 from ..injection.dispatch import Projection, install
 from ..models.conditions import extra_conditions
 from ..models.digests import weights_digest
@@ -150,7 +150,7 @@ class TrainingView:
             for name, tokens in self._own_words.items()
         }
 
-    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
+    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Conditioning:
         """Encode prompts that each contain the placeholder, with these token vectors."""
         batch, masks = [], []
         for prompt in prompts:
@@ -169,7 +169,7 @@ class TrainingView:
                 )
         return self._encode(batch, torch.tensor(masks))
 
-    def encode_superclass(self, prompts: Sequence[str]) -> Encoded:
+    def encode_superclass(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts that each contain the superclass, the mask on all its sub-words."""
         batch, masks = [], []
         for prompt in prompts:
@@ -192,7 +192,7 @@ class TrainingView:
         original: Projection = self._projections[layer, part].original
         return original(encodings.to(self._device, self._dtype))
 
-    def errors(self, batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def errors(self, batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         """Squared error (B, C, h, w) of the prediction of x0, times the native loss weight."""
         sampling = self._model.model_sampling
         clean = _chosen(self._latents, batch)
@@ -230,21 +230,21 @@ class TrainingView:
             self._sections[prompt] = text.section(prompt)
         return self._sections[prompt]
 
-    def _encode(self, batch: list[dict[str, Tokens]], mask: Tensor) -> Encoded:
+    def _encode(self, batch: list[dict[str, Tokens]], mask: Tensor) -> Conditioning:
         found = self._text.encode(batch)
         # What the projections will read at inference is what the gate must be trained on.
         encodings = found.encodings.to(self._device, self._dtype)
-        return Encoded(encodings, mask[:, : encodings.shape[1]].to(self._device), found.pooled)
+        return Conditioning(encodings, mask[:, : encodings.shape[1]].to(self._device), found.pooled)
 
 
 class _Current:
     """The edit in force while the model runs."""
 
     def __init__(self) -> None:
-        self.edit: GatedEdit | None = None
+        self.edit: GatedProjections | None = None
 
     @contextlib.contextmanager
-    def holding(self, edit: GatedEdit | None) -> Iterator[None]:
+    def holding(self, edit: GatedProjections | None) -> Iterator[None]:
         """Put an edit in force for a while."""
         before, self.edit = self.edit, edit
         try:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..text.encoded_prompt import EncodedPrompt, Encoder
+from ..text.encoded_prompt import EncodedPrompt, EncodePrompts
 from .low_rank import LowRank
 from .preserve import Preserved
 from .report import EditReport, measure_layer
-from .solver import Constraints, TextEdit, solve
+from .solver import Constraints, SolvedEdit, solve
 from .time import RIDGE, time_constraints
 
 
@@ -63,7 +63,7 @@ class ModelEdit:
 
 def edit_model(
     model: nn.Module,
-    encode: Encoder,
+    encode: EncodePrompts,
     source_prompt: str,
     destination_prompt: str,
     lamb: float = RIDGE,
@@ -103,7 +103,7 @@ def edit_with(
 
 
 def changes_of(
-    projections: Mapping[str, nn.Module], edit: TextEdit, preserved: Preserved | None = None
+    projections: Mapping[str, nn.Module], edit: SolvedEdit, preserved: Preserved | None = None
 ) -> ModelEdit:
     """A solved edit's changes of these projections, with their figures."""
     changes, layers = {}, []
@@ -152,7 +152,7 @@ def find_projections(model: nn.Module, width: int, with_to_k: bool = True) -> di
     return found
 
 
-def prompt_encoder(tokenizer: Any, text_encoder: Any) -> Encoder:
+def prompt_encoder(tokenizer: Any, text_encoder: Any) -> EncodePrompts:
     """An encoder for prompts from a tokenizer and a text encoder of the transformers library.
 
     Prompts are padded to the tokenizer's length; the last hidden state is used, as Stable Diffusion

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ..text.encoded_prompt import (
     EncodedPrompt,
-    Encoder,
+    EncodePrompts,
     check_prompt,
     contains,
     find_phrases,
@@ -102,7 +102,7 @@ def parse_erasures(text: str) -> list[Erasure]:
 
 
 def check_erasures(
-    encode: Encoder, erasures: Sequence[Erasure], preserved: Sequence[str] = ()
+    encode: EncodePrompts, erasures: Sequence[Erasure], preserved: Sequence[str] = ()
 ) -> None:
     """Refuse what contradicts itself, token by token.
 
@@ -138,21 +138,21 @@ def check_erasures(
 
 
 def refinement_constraints(
-    encode: Encoder, erasures: Sequence[Erasure], sentences: Sequence[str] = SENTENCES
+    encode: EncodePrompts, erasures: Sequence[Erasure], sentences: Sequence[str] = SENTENCES
 ) -> Constraints:
     """MACE's: every token of the sentences but the phrases' own, as if the anchor stood there."""
     return _over_sentences(encode, erasures, sentences, _around)
 
 
 def replacement_constraints(
-    encode: Encoder, erasures: Sequence[Erasure], sentences: Sequence[str] = ("{}",)
+    encode: EncodePrompts, erasures: Sequence[Erasure], sentences: Sequence[str] = ("{}",)
 ) -> Constraints:
     """UCE's: the last token of each phrase as the last token of its anchor."""
     return _over_sentences(encode, erasures, sentences, _last)
 
 
 def _over_sentences(
-    encode: Encoder, erasures: Sequence[Erasure], sentences: Sequence[str], choose: _Choice
+    encode: EncodePrompts, erasures: Sequence[Erasure], sentences: Sequence[str], choose: _Choice
 ) -> Constraints:
     check_templates(sentences)
     parts = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import LowRank
-from .solver import TextEdit
+from .solver import SolvedEdit
 
 _ROWS = 64
 
@@ -51,17 +51,17 @@ class EditReport:
         lines = [
             f"{len(self.layers)} projections edited, rank {self.rank}",
             f"constraints: {self.constraints[0]}, of which {self.constraints[1]} ask for a change",
-            f"|dW|/|W|: {_spread([layer.change for layer in self.layers])}",
-            f"asked for and not met: {_spread([layer.residual for layer in self.layers])}",
+            f"|dW|/|W|: {_range([layer.change for layer in self.layers])}",
+            f"asked for and not met: {_range([layer.residual for layer in self.layers])}",
         ]
         drifts = [layer.drift for layer in self.layers if layer.drift is not None]
-        lines.append(f"drift of what is preserved: {_spread(drifts) if drifts else 'not measured'}")
+        lines.append(f"drift of what is preserved: {_range(drifts) if drifts else 'not measured'}")
         lines.append(f"condition number {self.condition:.1e}")
         return "\n".join(lines)
 
 
 def measure_layer(
-    name: str, weight: Tensor, change: LowRank, edit: TextEdit, preserved: Tensor | None = None
+    name: str, weight: Tensor, change: LowRank, edit: SolvedEdit, preserved: Tensor | None = None
 ) -> LayerReport:
     """Figures of one projection ``weight`` (d, D), on at most 64 constraints and preserved rows.
 
@@ -92,6 +92,6 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
     return float(torch.linalg.vector_norm(part)) / size if size else 0.0
 
 
-def _spread(values: list[float]) -> str:
+def _range(values: list[float]) -> str:
     ordered = sorted(values)
     return f"{ordered[len(ordered) // 2]:.2g} (median), {ordered[0]:.2g} to {ordered[-1]:.2g}"

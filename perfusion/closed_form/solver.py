@@ -96,7 +96,7 @@ class Constraints:
 
 
 @dataclass(frozen=True, eq=False)
-class TextEdit:
+class SolvedEdit:
     """A solved edit ``dW = W left right``, the same for every projection.
 
     Attributes:
@@ -143,7 +143,7 @@ def solve(
     ridge: float,
     prior: Tensor | None = None,
     device: torch.device | str = "cpu",
-) -> TextEdit:
+) -> SolvedEdit:
     """The edit that meets the constraints, for all projections that read these encodings.
 
     Args:
@@ -158,13 +158,13 @@ def solve(
     inputs = constraints.inputs.detach().to(device, torch.float64)
     targets = constraints.targets.detach().to(device, torch.float64)
     weights = constraints.row_weights.to(device)
-    rows, condition = directions(inputs, weights, ridge, prior)
+    rows, condition = constraint_rows(inputs, weights, ridge, prior)
     moved = constraints.moved.to(device)
     left, right = _thin((targets - inputs)[moved], rows[moved])
-    return TextEdit(left, right, constraints, condition)
+    return SolvedEdit(left, right, constraints, condition)
 
 
-def directions(
+def constraint_rows(
     inputs: Tensor, weights: Tensor, ridge: float, prior: Tensor | None = None
 ) -> tuple[Tensor, float]:
     """Rows ``r_j = a_j A^-1 c_j`` (n, D) in fp64, and the condition number of A.

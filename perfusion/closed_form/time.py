@@ -11,7 +11,7 @@ encoding has beyond that of the word in front of it, as UCE adds attributes to a
 
 from __future__ import annotations
 
-from ..text.encoded_prompt import EncodedPrompt, Encoder, check_prompt, match_in_order
+from ..text.encoded_prompt import EncodedPrompt, EncodePrompts, check_prompt, match_in_order
 from .solver import Constraints
 
 RIDGE = 0.1
@@ -21,7 +21,7 @@ AUGMENTATIONS = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
 
 
 def time_constraints(
-    encode: Encoder,
+    encode: EncodePrompts,
     source: str,
     destination: str,
     augment: bool = True,

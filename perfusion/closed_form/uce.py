@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..text.encoded_prompt import Encoder, check_prompt
+from ..text.encoded_prompt import EncodePrompts, check_prompt
 from .solver import Constraints
 
 RIDGE = 0.5
@@ -65,26 +65,28 @@ class Debiasing:
         )
 
 
-def concept_vectors(encode: Encoder, phrases: Sequence[str]) -> Tensor:
+def concept_vectors(encode: EncodePrompts, phrases: Sequence[str]) -> Tensor:
     """(n, D): the encoding of the last token of each phrase alone."""
     checked = [check_prompt("phrase", phrase) for phrase in phrases]
     return torch.stack([found.encodings[found.last_word] for found in encode(checked)])
 
 
-def moderation_constraints(encode: Encoder, phrases: Sequence[str]) -> Constraints:
+def moderation_constraints(encode: EncodePrompts, phrases: Sequence[str]) -> Constraints:
     """Concepts that shall mean no more than an empty prompt does."""
     (empty,) = encode([""])
     inputs = concept_vectors(encode, phrases)
     return Constraints(inputs, empty.encodings[empty.end].expand_as(inputs))
 
 
-def preserving_constraints(encode: Encoder, phrases: Sequence[str], weight: float) -> Constraints:
+def preserving_constraints(
+    encode: EncodePrompts, phrases: Sequence[str], weight: float
+) -> Constraints:
     """Concepts that shall stay as they are."""
     inputs = concept_vectors(encode, phrases)
     return Constraints(inputs, inputs, torch.full((len(inputs),), float(weight)))
 
 
-def debias_constraints(encode: Encoder, debiasings: Sequence[Debiasing]) -> Constraints:
+def debias_constraints(encode: EncodePrompts, debiasings: Sequence[Debiasing]) -> Constraints:
     """Concepts pushed towards the attributes they show too rarely and away from the others.
 
     v = W (c + sum_i alpha_i a_i) with alpha_i in proportion to the share that is missing. As in

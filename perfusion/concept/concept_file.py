@@ -12,19 +12,17 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files.safe_file import refuse
+from ..files.safe_file import FileFormatError, read_untrusted, refuse, write_atomically
+from ..gated.gate import Gate
+from .concept import LAYER_LIMIT, Concept
 from .metadata import modelspec
 
-if TYPE_CHECKING:
-    from .concept import Concept
-
 FORMAT_VERSION = "1"
-LAYER_LIMIT = 4096
 DTYPES = (torch.float16, torch.float32)
 # How far the rounding of u may move a similarity before u is kept in fp32.
 SIMILARITY_TOLERANCE = 1e-3
@@ -43,6 +41,35 @@ _OWN_KEYS = (
 )
 
 
+def save_concept(concept: Concept, path: Path | str, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a concept as .safetensors in fp16 (or fp32), atomically; returns the path written.
+
+    A missing folder is made. Raises ValueError for another suffix or dtype, for a concept with a
+    schedule, for metadata that takes one of the format's own keys, and for values fp16 cannot
+    hold; OSError when the disk refuses, leaving no partial file and any former one untouched.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"expected a path ending in .safetensors, found {path.name!r}")
+    if concept.schedule is not None:
+        raise ValueError(
+            f"concept '{concept.placeholder}' has a schedule, which a file does not keep; save the "
+            "concept as it was before the schedule"
+        )
+    tensors, metadata = encode(concept, dtype)
+    write_atomically(path, tensors, metadata)
+    return path
+
+
+def load_concept(path: Path | str) -> Concept:
+    """Read a concept file, trusting nothing in it; tensors come as fp32 on the CPU.
+
+    Every fault raises `FileFormatError`, naming the file, the key, what was expected and found.
+    """
+    path = Path(path)
+    return decode(path, *read_untrusted(path))
+
+
 def encode(concept: Concept, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a concept's file; ``dtype`` float16 or float32.
 
@@ -57,13 +84,11 @@ def encode(concept: Concept, dtype: torch.dtype) -> tuple[dict[str, Tensor], dic
     return _tensors(concept, dtype), _metadata(concept)
 
 
-def decode(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> dict[str, Any]:
-    """The fields of a `Concept` from the content of the file ``path``; tensors become fp32.
+def decode(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Concept:
+    """The concept in the content of the file ``path``; tensors become fp32.
 
     Every key is checked for presence and form, and the layer table against the tensors. Raises
-    `ConceptFileError`, naming the file, the key, what was expected and what was found.
+    `FileFormatError`, naming the file, the key, what was expected and what was found.
     """
     version = metadata.get("perfusion_version")
     if version is None:
@@ -73,15 +98,13 @@ def decode(
         refuse(path, "perfusion_version", expected, repr(version))
     texts = {key: _text(path, metadata, key) for key in _OWN_KEYS}
     layers = _layer_table(path, texts["layers"], texts["layer_suffix"])
-    bias, temperature, strength = _numbers(path, "gate", texts["gate"], 3)
-    train_bias, train_temperature = _numbers(path, "train_gate", texts["train_gate"], 2)
     (energy,) = _numbers(path, "energy", texts["energy"], 1)
     has_keys = texts["key_lock"] == "trained"
     if not has_keys and texts["key_lock"] != "local":
         refuse(path, "key_lock", "'local' or 'trained'", repr(texts["key_lock"]))
     _check_tensors(path, tensors, has_keys)
     vectors = {key: tensor.float() for key, tensor in tensors.items()}
-    return {
+    fields: dict[str, Any] = {
         "family": texts["family"],
         "placeholder": texts["placeholder"],
         "superclass": texts["superclass"],
@@ -95,13 +118,22 @@ def decode(
         "superclass_encoding": vectors["superclass_encoding"],
         "o_v": _split(path, "o_v", vectors["o_v"], layers),
         "o_k": _split(path, "o_k", vectors["o_k"], layers) if has_keys else None,
-        "bias": bias,
-        "temperature": temperature,
-        "strength": strength,
-        "train_bias": train_bias,
-        "train_temperature": train_temperature,
+        "gate": _gate(path, "gate", texts["gate"], 3),
+        "train_gate": _gate(path, "train_gate", texts["train_gate"], 2),
         "metadata": {key: value for key, value in metadata.items() if key not in _OWN_KEYS},
     }
+    try:
+        return Concept(**fields)
+    except ValueError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+
+
+def _gate(path: Path, key: str, text: str, count: int) -> Gate:
+    numbers = _numbers(path, key, text, count)
+    try:
+        return Gate(*numbers)
+    except ValueError as error:
+        raise FileFormatError(f"{path}: {key}: {error}") from error
 
 
 def _tensors(concept: Concept, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -152,8 +184,8 @@ def _metadata(concept: Concept) -> dict[str, str]:
         "placeholder": concept.placeholder,
         "superclass": concept.superclass,
         "key_lock": concept.key_lock,
-        "gate": _compact([concept.bias, concept.temperature, concept.strength]),
-        "train_gate": _compact([concept.train_bias, concept.train_temperature]),
+        "gate": _compact([concept.gate.bias, concept.gate.temperature, concept.gate.strength]),
+        "train_gate": _compact([concept.train_gate.bias, concept.train_gate.temperature]),
         "energy": _compact([concept.energy]),
         "layers": _compact(layers),
         "layer_suffix": suffix,

@@ -14,11 +14,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..gated.gate_schedule import Schedule
-    from .concept import Concept
+from ..gated.gate_schedule import GateSchedule
+from .concept import Concept
 
 PACK_VERSION = "0.1.0"
 THUMBNAIL = "modelspec.thumbnail"
@@ -77,14 +75,14 @@ def describe(concept: Concept, thumbnail: str = "") -> str:
     them is followed or run.
     """
     metadata = dict(concept.metadata)
+    gate, trained = concept.gate, concept.train_gate
     lines = [
         f"trigger phrase: {concept.placeholder}",
         f"superclass: {concept.superclass}",
         f"family: {concept.family}, architecture {modelspec(concept)['modelspec.architecture']}",
         f"keys: {_keys(concept)}",
-        f"gate: bias {concept.bias:g}, temperature {concept.temperature:g}, "
-        f"strength {concept.strength:g}",
-        f"training gate: bias {concept.train_bias:g}, temperature {concept.train_temperature:g}",
+        f"gate: bias {gate.bias:g}, temperature {gate.temperature:g}, strength {gate.strength:g}",
+        f"training gate: bias {trained.bias:g}, temperature {trained.temperature:g}",
     ]
     if concept.schedule is not None:
         lines.append(f"schedule, not kept in a file: {_schedule(concept.schedule)}")
@@ -113,7 +111,7 @@ def _keys(concept: Concept) -> str:
     return f"locked to {concept.superclass}"
 
 
-def _schedule(schedule: Schedule) -> str:
+def _schedule(schedule: GateSchedule) -> str:
     (first, last), (cool, warm) = schedule.bias, schedule.temperature
     return (
         f"from {schedule.start:g} to {schedule.end:g} of the sampling, bias {first:g} to {last:g}, "

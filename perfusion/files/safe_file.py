@@ -21,18 +21,18 @@ DTYPES = ("F16", "BF16", "F32")
 TEMPORARY = ".tmp"
 
 
-class ConceptFileError(ValueError):
+class FileFormatError(ValueError):
     """A concept file that cannot be used; the message names file, key, expected and found."""
 
 
 def refuse(path: Path, key: str, expected: str, found: object) -> NoReturn:
-    """Raise the `ConceptFileError` for one key; ``found`` is shortened and escaped."""
+    """Raise the `FileFormatError` for one key; ``found`` is shortened and escaped."""
     shown = found if isinstance(found, str) else repr(found)
     if len(shown) > 120:
         shown = shown[:117] + "..."
     # What was found may come from the file: no control characters into a log or a terminal.
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
-    raise ConceptFileError(f"{path}: {key}: expected {expected}, found {shown}")
+    raise FileFormatError(f"{path}: {key}: expected {expected}, found {shown}")
 
 
 def read_untrusted(
@@ -41,7 +41,7 @@ def read_untrusted(
     """Tensors and metadata of a file, nothing of which was trusted before it was checked.
 
     Sizes, the header and every dtype are checked before any tensor is made; the format's own
-    rules (offsets, overlaps) are those of the safetensors library. Raises `ConceptFileError`.
+    rules (offsets, overlaps) are those of the safetensors library. Raises `FileFormatError`.
     """
     content = _read_bounded(path)
     header = _parse_header(path, content)
@@ -53,7 +53,7 @@ def read_untrusted(
     try:
         tensors = safetensors.torch.load(content)
     except SafetensorError as error:
-        raise ConceptFileError(
+        raise FileFormatError(
             f"{path}: content: expected a valid safetensors file, found: {error}; "
             "the file is damaged or incomplete, get it again"
         ) from error
@@ -112,7 +112,7 @@ def _read_bounded(path: Path) -> bytes:
                 refuse(path, "file size", f"at most {FILE_LIMIT} bytes", f"{size} bytes")
             content = file.read(FILE_LIMIT + 1)
     except OSError as error:
-        raise ConceptFileError(
+        raise FileFormatError(
             f"{path}: file: expected a readable file, found: {error.strerror}"
         ) from error
     if not 8 < len(content) <= FILE_LIMIT:
@@ -133,7 +133,7 @@ def _parse_header(path: Path, content: bytes) -> dict[str, Any]:
     try:
         header = json.loads(content[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        raise ConceptFileError(
+        raise FileFormatError(
             f"{path}: header: expected JSON, found {type(error).__name__}; "
             "this is not a safetensors file or it is damaged"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast, get_args
 
-from ..files.safe_file import ConceptFileError, read_untrusted, refuse, write_atomically
+from ..files.safe_file import FileFormatError, read_untrusted, refuse, write_atomically
 from .covariance import Covariance, Positions
 
 FORMAT_VERSION = "1"
@@ -28,7 +28,7 @@ def save_covariance(covariance: Covariance, path: Path) -> None:
 def load_covariance(path: Path) -> Covariance:
     """Read a covariance, trusting nothing in the file.
 
-    Every fault raises `ConceptFileError`, naming the file, the key, what was expected and found.
+    Every fault raises `FileFormatError`, naming the file, the key, what was expected and found.
     """
     tensors, metadata = read_untrusted(path, ("F64",))
     version = metadata.get("perfusion_covariance_version", "none")
@@ -48,4 +48,4 @@ def load_covariance(path: Path) -> Covariance:
             ridge=float(metadata["ridge"]),
         )
     except (KeyError, ValueError) as error:
-        raise ConceptFileError(f"{path}: expected a covariance, found: {error}") from error
+        raise FileFormatError(f"{path}: expected a covariance, found: {error}") from error

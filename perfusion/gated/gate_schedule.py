@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from .gate import Gate
 
 
 @dataclass(frozen=True)
-class Schedule:
+class GateSchedule:
     """A concept's gate over the course of sampling; outside of it the concept does not exist.
 
     ``start`` and ``end`` are parts of the sampling, 0 (pure noise) to 1 (the picture). ``bias``
@@ -29,12 +30,8 @@ class Schedule:
                 f"expected a range with 0 <= start < end <= 1, found {self.start} to {self.end}; "
                 "to leave a concept out altogether set its strength to 0"
             )
-        if not all(math.isfinite(value) for value in self.bias):
-            raise ValueError(f"bias: expected finite numbers, found {self.bias}")
-        if not all(math.isfinite(value) and value > 0 for value in self.temperature):
-            raise ValueError(
-                f"temperature: expected finite numbers above 0, found {self.temperature}"
-            )
+        for bias, temperature in zip(self.bias, self.temperature, strict=True):
+            Gate(bias, temperature)
 
     def gate(self, progress: float) -> tuple[float, float]:
         """Bias and temperature at a part of the sampling; beyond the range those of its ends."""

@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .gate import Gate
+
 Part = Literal["k", "v"]
 
 # Relative ridge on the Gram matrix. It only guards the solve: concepts close enough to parallel
@@ -33,16 +35,13 @@ PARALLEL_LIMIT = 1e-3
 class Direction:
     """What one concept asks of the text encoding, the same for every layer.
 
-    ``i`` and ``u`` have shape (D,); ``bias`` and ``temperature`` shape the gate (beta and tau);
-    ``strength`` w blends the edit with the unedited projection, ``h' = (1 - w) W e + w h``.
-    ``name`` appears in messages only. Raises ValueError for values the formula cannot take.
+    ``i`` and ``u`` have shape (D,). ``name`` appears in messages only. Raises ValueError for
+    shapes that differ.
     """
 
     i: Tensor
     u: Tensor
-    bias: float
-    temperature: float
-    strength: float = 1.0
+    gate: Gate
     name: str = "concept"
 
     def __post_init__(self) -> None:
@@ -50,11 +49,6 @@ class Direction:
             raise ValueError(
                 f"concept '{self.name}': expected i and u of one shape (D,), "
                 f"found i {tuple(self.i.shape)} and u {tuple(self.u.shape)}"
-            )
-        if not self.temperature > 0:
-            raise ValueError(
-                f"concept '{self.name}': expected a gate temperature above 0, "
-                f"found {self.temperature}"
             )
 
     @property
@@ -99,7 +93,7 @@ _BASIS_FIELDS = ("inputs", "duals", "mix", "bias", "temperature", "strength")
 
 
 @dataclass(frozen=True, eq=False)
-class GatedEdit:
+class GatedProjections:
     """Everything the projections of one model need to apply the edit to one batch.
 
     ``inputs`` x' (B, N, D) and ``gates`` (B, N, k) are computed once; ``keys`` and ``values`` map
@@ -119,7 +113,7 @@ class GatedEdit:
 
 def active_directions(directions: Sequence[Direction]) -> list[Direction]:
     """The directions whose strength is not 0. None left: there is no edit to make."""
-    return [direction for direction in directions if direction.strength != 0]
+    return [direction for direction in directions if direction.gate.strength != 0]
 
 
 def combine(directions: Sequence[Direction]) -> Basis:
@@ -147,14 +141,14 @@ def combine(directions: Sequence[Direction]) -> Basis:
             )
     inputs = torch.stack([_exact(d.i) for d in directions])
     duals = torch.stack([_exact(d.u) / e for d, e in zip(directions, energies, strict=True)])
-    strength = torch.tensor([float(d.strength) for d in directions], dtype=torch.float64)
+    gates = [d.gate for d in directions]
     return Basis(
         inputs=inputs,
         duals=duals,
         mix=_mix(inputs, duals, directions),
-        bias=torch.tensor([float(d.bias) for d in directions], dtype=torch.float64),
-        temperature=torch.tensor([float(d.temperature) for d in directions], dtype=torch.float64),
-        strength=strength,
+        bias=torch.tensor([gate.bias for gate in gates], dtype=torch.float64),
+        temperature=torch.tensor([gate.temperature for gate in gates], dtype=torch.float64),
+        strength=torch.tensor([gate.strength for gate in gates], dtype=torch.float64),
     )
 
 
@@ -219,7 +213,7 @@ def edit_projection(
             f"expected outputs of shape {(len(directions), weight.shape[0])} "
             f"(concepts, features), found {tuple(outputs.shape)}"
         )
-    rows = [row for row, direction in enumerate(directions) if direction.strength != 0]
+    rows = [row for row, direction in enumerate(directions) if direction.gate.strength != 0]
     if not rows:
         return torch.nn.functional.linear(encodings, weight)
     inputs, gates = gated_inputs(encodings, active_directions(directions))
@@ -244,7 +238,7 @@ def _prepare(encodings: Tensor, directions: Sequence[Direction] | Basis) -> tupl
 
 def _mix(inputs: Tensor, duals: Tensor, directions: Sequence[Direction]) -> Tensor:
     """``(G^-1)^T`` for the unit-diagonal Gram matrix of the active concepts, 0 elsewhere."""
-    rows = [row for row, direction in enumerate(directions) if direction.strength != 0]
+    rows = [row for row, direction in enumerate(directions) if direction.gate.strength != 0]
     mix = torch.zeros(len(directions), len(directions), dtype=torch.float64)
     if not rows:
         return mix

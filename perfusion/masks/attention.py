@@ -60,7 +60,9 @@ def joined(maps: Mapping[Grid, Tensor], weights: Mapping[Grid, int]) -> Tensor:
     return torch.stack(parts).sum(0) / sum(weights[grid] for grid in maps)
 
 
-def spread(map_: Tensor, affinities: Mapping[Grid, Tensor], weights: Mapping[Grid, int]) -> Tensor:
+def propagate(
+    map_: Tensor, affinities: Mapping[Grid, Tensor], weights: Mapping[Grid, int]
+) -> Tensor:
     """A map (h, w) in which alike cells look alike; the map itself without affinities.
 
     ``affinities``: grid -> (P, P) as `affinity` makes it, joined by ``weights``.

@@ -110,10 +110,12 @@ def follow_edges(maps: Tensor, pictures: Tensor, radius: int) -> Tensor:
     covariance = _window_mean(guide * maps, radius) - mean_guide * mean_map  # B 3 h w
     products = rearrange(einsum(guide, guide, "b c h w, b d h w -> b c d h w"),
                          "b c d h w -> b (c d) h w")  # fmt: skip
-    spread_ = rearrange(_window_mean(products, radius), "b (c d) h w -> b h w c d", c=3)
-    spread_ = spread_ - einsum(mean_guide, mean_guide, "b c h w, b d h w -> b h w c d")
-    spread_ = spread_ + _EDGE * torch.eye(3, device=maps.device)
-    slopes = torch.linalg.solve(spread_, rearrange(covariance, "b c h w -> b h w c"))
+    guide_covariance = rearrange(_window_mean(products, radius), "b (c d) h w -> b h w c d", c=3)
+    guide_covariance = guide_covariance - einsum(
+        mean_guide, mean_guide, "b c h w, b d h w -> b h w c d"
+    )
+    guide_covariance = guide_covariance + _EDGE * torch.eye(3, device=maps.device)
+    slopes = torch.linalg.solve(guide_covariance, rearrange(covariance, "b c h w -> b h w c"))
     slopes = rearrange(slopes, "b h w c -> b c h w")
     offset = mean_map - (slopes * mean_guide).sum(1, keepdim=True)
     functions = _window_mean(torch.cat([slopes, offset], 1), radius)

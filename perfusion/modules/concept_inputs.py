@@ -8,21 +8,21 @@ forward runs, and it computes ``e - s i`` and the gates once per encoding for al
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..gated.covariance import Covariance
+from ..gated.gate import Gate
 from ..gated.rank_one import Basis, Direction, combine, gated_inputs
 from .metric import Metric, as_metric
 
-log = logging.getLogger("perfusion")
+logger = logging.getLogger("perfusion")
 
 _FLOATS = ("i", "u", "superclass_encoding", "gates")
 
@@ -77,12 +77,9 @@ class ConceptInputs(nn.Module):
             raise ValueError(f"num_concepts: expected at least 1, found {num_concepts}")
         if not 0 <= input_decay <= 1:
             raise ValueError(f"input_decay: expected 0 to 1, found {input_decay}")
-        for name, value in (("train", train_temperature), ("eval", eval_temperature)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}_temperature: expected a number above 0, found {value}")
         self.metric: Metric | None = None if C is None else as_metric(C, width)
         self.input_decay = input_decay
-        self.train_gate = (train_beta, train_temperature)
+        self.train_gate = Gate(train_beta, train_temperature)
         self.i: Tensor
         self.u: Tensor
         self.superclass_encoding: Tensor
@@ -90,8 +87,8 @@ class ConceptInputs(nn.Module):
         self.initialised: Tensor
         for name in ("i", "u", "superclass_encoding"):
             self.register_buffer(name, torch.zeros(num_concepts, width))
-        gate = torch.tensor([eval_beta, eval_temperature, 1.0])
-        self.register_buffer("gates", gate.repeat(num_concepts, 1))
+        gate = Gate(eval_beta, eval_temperature)
+        self.register_buffer("gates", torch.tensor([astuple(gate)]).repeat(num_concepts, 1))
         self.register_buffer("initialised", torch.zeros(num_concepts, dtype=torch.bool))
         # Set where an optimiser says when a step is over; else another encoding says so.
         self.steps_with_optimizer = False
@@ -117,7 +114,7 @@ class ConceptInputs(nn.Module):
         i: Tensor,
         superclass_encoding: Tensor,
         u: Tensor | None = None,
-        gate: tuple[float, float, float] | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """Put a concept in place: ``i``, ``superclass_encoding`` and ``u`` (D,), gate at inference.
 
@@ -131,7 +128,7 @@ class ConceptInputs(nn.Module):
             self.u[concept] = (self._dual(i) if u is None else u).to(self.u)
             self.superclass_encoding[concept] = superclass_encoding.to(self.i)
             if gate is not None:
-                self.gates[concept] = torch.tensor(gate).to(self.gates)
+                self.gates[concept] = torch.tensor(astuple(gate)).to(self.gates)
             self.initialised[concept] = True
         self._following.pop(concept, None)
         self.forget()
@@ -145,12 +142,11 @@ class ConceptInputs(nn.Module):
         strength: float | None = None,
     ) -> None:
         """Change a concept's gate at inference (beta, tau, strength); None keeps a value."""
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature: expected a number above 0, found {temperature}")
+        before = self.gates[concept].tolist()
+        asked = (bias, temperature, strength)
+        gate = Gate(*(old if new is None else new for old, new in zip(before, asked, strict=True)))
         with torch.no_grad():
-            for column, value in enumerate((bias, temperature, strength)):
-                if value is not None:
-                    self.gates[concept, column] = value
+            self.gates[concept] = torch.tensor(astuple(gate)).to(self.gates)
         self.forget()
 
     @torch.no_grad()
@@ -175,7 +171,7 @@ class ConceptInputs(nn.Module):
                     "text_enc_with_superclass with the first training batch, found none"
                 )
             if self.metric is None:
-                log.warning(
+                logger.warning(
                     "no covariance C was given: similarities are plain scalar products; measure "
                     "one with calculate_input_covariance"
                 )
@@ -266,16 +262,12 @@ class ConceptInputs(nn.Module):
         if (ids, training) not in self._bases:
             directions = []
             for concept in ids:
-                bias, temperature, strength = self.gates[concept].tolist()
-                if training:
-                    (bias, temperature), strength = self.train_gate, 1.0
+                gate = self.train_gate if training else Gate(*self.gates[concept].tolist())
                 directions.append(
                     Direction(
                         self.i[concept].clone(),
                         self.u[concept].clone(),
-                        bias,
-                        temperature,
-                        strength,
+                        gate,
                         name=f"concept {concept}",
                     )
                 )
@@ -333,8 +325,8 @@ def merge_inputs(*inputs: ConceptInputs) -> ConceptInputs:
         first.width,
         num_concepts=sum(one.num_concepts for one in inputs),
         input_decay=first.input_decay,
-        train_beta=first.train_gate[0],
-        train_temperature=first.train_gate[1],
+        train_beta=first.train_gate.bias,
+        train_temperature=first.train_gate.temperature,
     )
     if all(one.metric is first.metric for one in inputs):
         merged.metric = first.metric

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..concept.concept import Concept, load_concept, save_concept
+from ..concept.concept import Concept
+from ..concept.concept_file import load_concept, save_concept
+from ..gated.gate import Gate
 from .concept_inputs import ConceptInputs
 from .embedding import EmbeddingWrapper
 from .projections import Rank1EditModule
@@ -49,7 +51,6 @@ def concept_of(
     superclass = superclass or wrapper.superclass_strings[concept_id]
     if superclass is None:
         raise ValueError("superclass: expected its word, found none; pass superclass=")
-    bias, temperature, strength = inputs.gates[concept_id].tolist()
     return Concept(
         family=family,
         placeholder=placeholder,
@@ -59,11 +60,8 @@ def concept_of(
         u=inputs.u[concept_id].cpu().clone(),
         superclass_encoding=inputs.superclass_encoding[concept_id].cpu().clone(),
         o_v={name: m.outputs((concept_id,))[0].detach().cpu() for name, m in values.items()},
-        bias=round(bias, 6),
-        temperature=round(temperature, 6),
-        strength=round(strength, 6),
-        train_bias=inputs.train_gate[0],
-        train_temperature=inputs.train_gate[1],
+        gate=Gate(*(round(value, 6) for value in inputs.gates[concept_id].tolist())),
+        train_gate=inputs.train_gate,
         metadata=dict(metadata or {}),
     )
 
@@ -109,7 +107,7 @@ def load_modules(
     """Put a concept file into a wrapped model, as its concept ``concept_id``; returns the concept.
 
     C is not needed: the file has the dual. Nothing is changed unless everything fits. Raises
-    `ConceptFileError` for a file that cannot be read, ValueError for layers, widths or encoders
+    `FileFormatError` for a file that cannot be read, ValueError for layers, widths or encoders
     that do not fit (naming both sides), IndexError for a concept the model has no room for.
     """
     concept = load_concept(path)
@@ -136,8 +134,7 @@ def load_modules(
     if vector is None or vector.shape != expected:
         found = {name: tuple(tensor.shape) for name, tensor in concept.embeddings.items()}
         raise ValueError(f"{path}: expected an embedding '{encoder}' {expected}, found {found}")
-    gate = (concept.bias, concept.temperature, concept.strength)
-    inputs.set(concept_id, concept.i, concept.superclass_encoding, concept.u, gate)
+    inputs.set(concept_id, concept.i, concept.superclass_encoding, concept.u, concept.gate)
     for name, module in values.items():
         module.set_outputs(concept_id, concept.o_v[name])
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..gated.covariance import Covariance
 
-log = logging.getLogger("perfusion")
+logger = logging.getLogger("perfusion")
 
 # Rounding of a covariance measured in half precision, relative to its largest entry.
 SYMMETRY_TOLERANCE = 1e-2
@@ -63,7 +63,7 @@ def as_metric(matrix: Tensor | Covariance, width: int) -> Metric:
         _, failed = torch.linalg.cholesky_ex(regularised)
         if not int(failed):
             return covariance
-    log.warning(
+    logger.warning(
         "C: expected a symmetric positive definite covariance, found a matrix that is not "
         "(asymmetry %.2g); similarities will measure nothing, measure one with "
         "calculate_input_covariance",

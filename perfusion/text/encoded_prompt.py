@@ -51,7 +51,7 @@ class EncodedPrompt:
         return self.end - 1
 
 
-Encoder = Callable[[Sequence[str]], list[EncodedPrompt]]
+EncodePrompts = Callable[[Sequence[str]], list[EncodedPrompt]]
 """Encodes prompts in the way that conditions the model to be edited."""
 
 

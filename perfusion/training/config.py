@@ -6,12 +6,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from ..gated.gate import Gate
 from ..text.prompts import TEMPLATES, check_captions, check_templates
 from ..text.words import check_phrase, check_word
 from .losses import Normalisation
 
 Mode = Literal["perfusion", "textual_inversion", "trained_keys"]
-Schedule = Literal["constant", "cosine"]
+RateSchedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TrainingConfig:
     background: float = 0.0
     seed: int = 0
     mode: Mode = "perfusion"
-    schedule: Schedule = "constant"
+    schedule: RateSchedule = "constant"
     templates: tuple[str, ...] = TEMPLATES
     captions: tuple[str, ...] = ()
     normalisation: Normalisation = "subject"
@@ -68,24 +69,28 @@ class TrainingConfig:
         for name in ("rows_at_once", "checkpoint_every", "sample_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        for name in ("learning_rate", "embedding_learning_rate", "temperature"):
+        for name in ("learning_rate", "embedding_learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: expected a finite number above 0, found {value}")
         for name in ("ema", "background"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, found {getattr(self, name)}")
-        if not math.isfinite(self.bias):
-            raise ValueError(f"bias: expected a finite number, found {self.bias}")
+        self.gate  # noqa: B018 - its own checks
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected 0 to 2^64 - 1, found {self.seed}")
-        choices_of = {"mode": Mode, "schedule": Schedule, "normalisation": Normalisation}
+        choices_of = {"mode": Mode, "schedule": RateSchedule, "normalisation": Normalisation}
         for name, kind in choices_of.items():
             choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}"
                 )
+
+    @property
+    def gate(self) -> Gate:
+        """The gate during training."""
+        return Gate(self.bias, self.temperature)
 
     def settings(self) -> dict[str, object]:
         """What a concept file records of the run (the words and the gate have their own keys).

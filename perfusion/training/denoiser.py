@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..gated.rank_one import GatedEdit, Part
+from ..gated.rank_one import GatedProjections, Part
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class Conditioning:
     """Prompts as the model is conditioned on them.
 
     ``encodings`` (B, N, D); ``mask`` (B, N) bool is True at the tokens of the concept (or of the
@@ -25,11 +25,11 @@ class Encoded:
     mask: Tensor
     extra: Tensor | None = None
 
-    def rows(self, chosen: Tensor) -> Encoded:
+    def rows(self, chosen: Tensor) -> Conditioning:
         """Some of the prompts, by their int64 indices (n,)."""
         at = chosen.to(self.encodings.device)
         extra = None if self.extra is None else self.extra[chosen.to(self.extra.device)]
-        return Encoded(self.encodings[at], self.mask[chosen.to(self.mask.device)], extra)
+        return Conditioning(self.encodings[at], self.mask[chosen.to(self.mask.device)], extra)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class Denoiser(Protocol):
         """Text encoder -> token vector (dim,) of the superclass (mean over its sub-words)."""
         ...
 
-    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
+    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Conditioning:
         """Encode prompts that each contain the placeholder once, with these token vectors.
 
         Differentiable with respect to ``embeddings``. Raises ValueError, naming the prompt, when
@@ -116,7 +116,7 @@ class Denoiser(Protocol):
         """
         ...
 
-    def encode_superclass(self, prompts: Sequence[str]) -> Encoded:
+    def encode_superclass(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts that each contain the superclass once, the mask on all its sub-words.
 
         Raises ValueError, naming the prompt, when the superclass is missing from it.
@@ -127,7 +127,7 @@ class Denoiser(Protocol):
         """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward."""
         ...
 
-    def errors(self, batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def errors(self, batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         """Squared error (B, C, h, w) of the model's prediction, times its native loss weight.
 
         Noises the images of ``batch``, all of one shape, and predicts with ``encoded`` as the

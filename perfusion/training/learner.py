@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..gated.covariance import Covariance
 from ..gated.key_lock import locked_outputs
-from ..gated.rank_one import Direction, GatedEdit, gated_inputs
+from ..gated.rank_one import Direction, GatedProjections, gated_inputs
 from ..text.prompts import fill
 from .config import TrainingConfig
-from .denoiser import Batch, Denoiser, Encoded
+from .denoiser import Batch, Conditioning, Denoiser
 from .losses import image_losses
 
 _FIRST_SCALE = 2.0**16
@@ -112,7 +112,7 @@ class Learner:
         self.i = _expected(tensors, "i", self.i).to("cpu", torch.float64, copy=True)
         self.scale, self.since_scaled = scale, since_scaled
 
-    def _encode(self, prompts: Sequence[str], follow: bool = True) -> Encoded:
+    def _encode(self, prompts: Sequence[str], follow: bool = True) -> Conditioning:
         """Prompts encoded for this step; ``follow`` moves i, which happens once for each step."""
         self.optimizer.zero_grad()
         different = list(dict.fromkeys(prompts))
@@ -128,7 +128,7 @@ class Learner:
             self.i = self.config.ema * self.i + (1 - self.config.ema) * newest
         return encoded
 
-    def _backward(self, batch: Batch, encoded: Encoded, rows_at_once: int) -> Tensor:
+    def _backward(self, batch: Batch, encoded: Conditioning, rows_at_once: int) -> Tensor:
         """Gradients of the mean loss, times the scale, in every parameter; the losses (B,)."""
         config, size = self.config, len(batch.indices)
         losses = torch.zeros(size)
@@ -162,16 +162,15 @@ class Learner:
         return Direction(
             i=self.i,
             u=self.covariance.dual(self.i),
-            bias=self.config.bias,
-            temperature=self.config.temperature,
+            gate=self.config.gate,
             name=self.config.placeholder,
         )
 
-    def _edit(self, encoded: Encoded, direction: Direction) -> GatedEdit:
+    def _edit(self, encoded: Conditioning, direction: Direction) -> GatedProjections:
         inputs, gates = gated_inputs(encoded.encodings, [direction])
         keys = {layer: output[None] for layer, output in self.keys.items()}
         values = {layer: output[None] for layer, output in self.values.items()}
-        return GatedEdit(inputs, gates, keys, values)
+        return GatedProjections(inputs, gates, keys, values)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for kind, tensors in (("embedding", self.embeddings), ("v", self.values), ("k", self.keys)):
@@ -195,7 +194,7 @@ class Learner:
                 )
 
 
-def last_marked(encoded: Encoded, prompts: Sequence[str], word: str) -> Tensor:
+def last_marked(encoded: Conditioning, prompts: Sequence[str], word: str) -> Tensor:
     """The encodings (B, D) at the last marked position of each prompt.
 
     Raises ValueError naming a prompt that has none.

@@ -15,22 +15,23 @@ from torch import Tensor
 
 from ..concept.concept import Concept
 from ..gated.covariance import Covariance
+from ..gated.gate import Gate
 from ..text.prompts import fill
-from .config import Mode, Schedule, TrainingConfig
-from .denoiser import Batch, Denoiser, Encoded
+from .config import Mode, RateSchedule, TrainingConfig
+from .denoiser import Batch, Conditioning, Denoiser
 from .learner import Learner, TrainingError
 from .loss_bands import BandMeans, BandSmoother, LossRecord
 from .state import TrainingState
 
-log = logging.getLogger("perfusion")
+logger = logging.getLogger("perfusion")
 
 __all__ = [
     "Batch",
+    "Conditioning",
     "Denoiser",
-    "Encoded",
     "Mode",
     "Progress",
-    "Schedule",
+    "RateSchedule",
     "TrainingCallbacks",
     "TrainingConfig",
     "TrainingResult",
@@ -179,11 +180,11 @@ class _Run:
             callbacks.on_sample(0, self.result().concept)
         while self.steps < config.steps:
             if callbacks.should_stop():
-                log.info("training of %s was stopped at step %d", config.placeholder, self.steps)
+                logger.info("training of %s was stopped at step %d", config.placeholder, self.steps)
                 break
             error = self._step()
             if error is not None:
-                log.warning("training of %s stopped: %s", config.placeholder, error)
+                logger.warning("training of %s stopped: %s", config.placeholder, error)
                 return self.result(error)
             if self._is_due(config.checkpoint_every):
                 callbacks.on_checkpoint(self.result())
@@ -217,7 +218,7 @@ class _Run:
                     raise
             # Here and not in the handler, which would keep the failed step's tensors alive.
             self.rows_at_once = (self.rows_at_once + 1) // 2
-            log.warning("out of memory; trying %d pictures at once", self.rows_at_once)
+            logger.warning("out of memory; trying %d pictures at once", self.rows_at_once)
             self.callbacks.on_fewer_rows(self.rows_at_once)
         self.losses.append(losses)
         self.timesteps.append(batch.timesteps)
@@ -317,9 +318,8 @@ class _Run:
             o_v=learned("v"),
             o_k=learned("k") if config.mode == "trained_keys" else None,
             # Textual inversion is the placeholder's vector alone: an edit of strength 0.
-            strength=1.0 if self.learner.edits else 0.0,
-            train_bias=config.bias,
-            train_temperature=config.temperature,
+            gate=Gate(strength=1.0 if self.learner.edits else 0.0),
+            train_gate=config.gate,
             metadata={
                 "covariance_hash": self.covariance.digest,
                 "encoder_hash": self.denoiser.encoder_hash,

@@ -45,7 +45,7 @@ def save_state(state: TrainingState, path: Path) -> None:
 
 
 def load_state(path: Path) -> TrainingState:
-    """Read a state, trusting nothing in it: `ConceptFileError` says what is wrong with a file."""
+    """Read a state, trusting nothing in it: `FileFormatError` says what is wrong with a file."""
     tensors, metadata = read_untrusted(path, _DTYPES)
     version = metadata.get("perfusion_training")
     if version != FORMAT_VERSION:

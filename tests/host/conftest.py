@@ -29,6 +29,7 @@ from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
 from comfyui_perfusion.host.models.families import cross_attentions, family_of  # noqa: E402
 from comfyui_perfusion.perfusion import Concept, edit_projection  # noqa: E402
+from comfyui_perfusion.perfusion.gated.gate import Gate  # noqa: E402
 
 # One thread: small tensors, and a machine that may be busy otherwise.
 torch.set_num_threads(1)
@@ -240,8 +241,7 @@ def build_concept(
             layer.name: torch.randn(layer.value_width, generator=generator)
             for layer in cross_attentions(model.model)
         },
-        bias=0.5,
-        temperature=0.2,
+        gate=Gate(0.5, 0.2),
     ).with_gate(**changes)
 
 

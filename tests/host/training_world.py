@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from comfyui_perfusion.host.pictures.training_images import encode_images
 from comfyui_perfusion.host.training.view import training_view
-from comfyui_perfusion.perfusion import Batch, Direction, GatedEdit, gated_inputs
+from comfyui_perfusion.perfusion import Batch, Direction, GatedProjections, gated_inputs
+from comfyui_perfusion.perfusion.gated.gate import Gate
 
 WORDS = {"superclass": "coffee mug", "placeholder": "<thing>"}
 
@@ -31,13 +32,15 @@ def batch_of(*indices, seed=0):
 def edit_for(view, encoded, trainable=True):
     """An edit of all layers with outputs that can be trained."""
     direction = view.encode_superclass(["a coffee mug"]).encodings[0, 3].detach().double()
-    inputs, gates = gated_inputs(encoded.encodings, [Direction(direction, direction, 0.7, 0.2)])
+    inputs, gates = gated_inputs(
+        encoded.encodings, [Direction(direction, direction, Gate(0.7, 0.2))]
+    )
     keys = {name: torch.ones(1, width) for name, width in view.layers.items()}
     values = {
         name: torch.full((1, width), 0.5, requires_grad=trainable)
         for name, width in view.layers.items()
     }
-    return GatedEdit(inputs, gates, keys, values)
+    return GatedProjections(inputs, gates, keys, values)
 
 
 def gradients(view, scale=1.0, images=(0, 1)):

@@ -1,4 +1,4 @@
-"""The one-way rule: nodes use host and perfusion, host uses perfusion, perfusion uses neither."""
+"""The one-way rule, for layers (nodes -> host -> perfusion) and for the rooms inside them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,29 @@ FORBIDDEN = {
     "host": (f"{PACK}.nodes", "comfyui_perfusion.nodes", "nodes"),
     "nodes": ("comfy", "comfy_extras", "nodes"),
     "demo": (f"{PACK}.nodes", "comfyui_perfusion.nodes", "nodes"),
+}
+# Every room and the rooms of its own layer that it may import. A room may only name rooms above
+# it, so arrows point one way.
+ROOMS = {
+    "perfusion": {
+        "files": (),
+        "text": (),
+        "gated": ("files",),
+        "masks": (),
+        "concept": ("files", "text", "gated"),
+        "closed_form": ("text", "gated"),
+        "training": ("files", "text", "gated", "concept"),
+        "modules": ("gated", "concept", "training"),
+    },
+    "host": {
+        "models": (),
+        "files": (),
+        "text": ("models",),
+        "injection": ("models", "text"),
+        "pictures": ("models", "text", "injection"),
+        "closed_form": ("files", "models", "text"),
+        "training": ("files", "models", "text", "injection", "pictures"),
+    },
 }
 METHOD_NEEDS = {"torch", "einops", "safetensors"}
 # Of use where it is installed; imported inside of the function that uses it, never at the top.
@@ -79,6 +102,100 @@ def test_imports_point_one_way_only(layer, repository):
         if within(name, FORBIDDEN[layer])
     ]
     assert wrong == []
+
+
+def room_of(name: str) -> tuple[str, str] | None:
+    """Layer and room of a module's absolute name; a file beside the rooms is a room by itself."""
+    parts = name.removeprefix("comfyui_perfusion.").removeprefix(f"{PACK}.").split(".")
+    return (parts[0], parts[1]) if parts[0] in ROOMS and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("layer", ROOMS)
+def test_every_file_is_in_a_room_and_every_room_is_listed(layer, repository):
+    files = [path.relative_to(repository / layer) for path in sources(repository, layer)]
+    loose = {path.name for path in files if len(path.parts) == 1}
+    assert loose <= {"__init__.py", "shapes.py", "comfy_types.py"}
+    assert {path.parts[0] for path in files if len(path.parts) > 1} == set(ROOMS[layer])
+
+
+def test_a_room_may_only_use_rooms_listed_before_it():
+    for rooms in ROOMS.values():
+        names = list(rooms)
+        for at, (room, used) in enumerate(rooms.items()):
+            assert set(used) <= set(names[:at]), room
+
+
+@pytest.mark.parametrize("layer", ROOMS)
+def test_rooms_use_each_other_one_way_only(layer, repository):
+    wrong = []
+    for path in sources(repository, layer):
+        parts = path.relative_to(repository / layer).parts
+        if len(parts) == 1:
+            continue
+        allowed = {parts[0], *ROOMS[layer][parts[0]]}
+        for name in imports(repository, path):
+            found = room_of(name)
+            if found and found[0] == layer and found[1] in ROOMS[layer] and found[1] not in allowed:
+                wrong.append(f"{path.relative_to(repository)} imports {name}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("layer", ROOMS)
+def test_every_listed_arrow_between_rooms_is_used(layer, repository):
+    used = {room: set() for room in ROOMS[layer]}
+    for path in sources(repository, layer):
+        parts = path.relative_to(repository / layer).parts
+        for name in imports(repository, path):
+            found = room_of(name)
+            if len(parts) > 1 and found and found[0] == layer and found[1] != parts[0]:
+                used[parts[0]].add(found[1])
+    for room, allowed in ROOMS[layer].items():
+        assert set(allowed) <= used[room], room
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_files_import_each_other_in_a_circle(layer, repository):
+    files = {module_name(repository, path): path for path in sources(repository, layer)}
+    uses = {
+        name: {found for each in imports(repository, path) if (found := longest(each, files))}
+        - {name}
+        for name, path in files.items()
+    }
+    # A package and the files in it know each other: what counts is who needs whom.
+    uses = {
+        name: {one for one in used if one not in packages(files)} for name, used in uses.items()
+    }
+    done: set[str] = set()
+    while ready := {name for name in uses if name not in done and uses[name] <= done}:
+        done |= ready
+    assert sorted(set(uses) - done) == []
+
+
+def module_name(repository: Path, path: Path) -> str:
+    parts = path.relative_to(repository).with_suffix("").parts
+    return ".".join([PACK, *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
+def packages(files: dict[str, Path]) -> set[str]:
+    return {name for name, path in files.items() if path.name == "__init__.py"}
+
+
+def longest(name: str, files: dict[str, Path]) -> str | None:
+    """The file an imported name comes from: `pack.a.b` for `pack.a.b.Thing`."""
+    name = name.replace("comfyui_perfusion.", f"{PACK}.", 1)
+    while name and name not in files:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+@pytest.mark.parametrize("layer", ["perfusion", "host", "nodes"])
+def test_the_pack_itself_does_not_know_the_small_world_by_name(layer, repository):
+    knowing = [
+        path.relative_to(repository).as_posix()
+        for path in sources(repository, layer)
+        if "small_world" in path.read_text(encoding="utf-8")
+    ]
+    assert knowing == []
 
 
 def test_the_method_needs_torch_einops_and_safetensors_and_nothing_else(repository):

@@ -30,7 +30,8 @@ def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_method_and_nothing_of_the_node_pack(wheel, repository):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    method = {f"perfusion/{path.name}" for path in (repository / "perfusion").glob("*.py")}
+    root = repository / "perfusion"
+    method = {f"perfusion/{path.relative_to(root).as_posix()}" for path in root.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == method
     assert all(name.startswith("perfusion/") for name in names)
 

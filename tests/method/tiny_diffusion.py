@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from perfusion.gated.covariance import Covariance, CovarianceAccumulator
 from perfusion.gated.key_lock import locked_outputs
-from perfusion.gated.rank_one import GatedEdit, Part, gated_inputs
+from perfusion.gated.rank_one import GatedProjections, Part, gated_inputs
 from perfusion.text.prompts import fill
-from perfusion.training.run import Batch, Encoded, TrainingConfig, TrainingResult
+from perfusion.training.run import Batch, Conditioning, TrainingConfig, TrainingResult
 
 WORDS = ["<end>", "a", "photo", "of", "the", "my", "one", "cat", "dog", "bird", "bath", "sks"]
 COLOURS = {"cat": (0.9, -0.8, -0.7), "dog": (-0.8, 0.9, -0.6), "bird": (-0.7, -0.6, 0.9)}
@@ -63,7 +63,7 @@ class TinyUNet(nn.Module):
         self.leave = nn.Linear(FEATURES, 3)
 
     def forward(
-        self, noised: Tensor, time: Tensor, text: Tensor, edit: GatedEdit | None = None
+        self, noised: Tensor, time: Tensor, text: Tensor, edit: GatedProjections | None = None
     ) -> Tensor:
         pixels = noised.flatten(2).mT  # B C h w -> B (h w) C
         clock = time[:, None, None].expand(-1, pixels.shape[1], 1)
@@ -102,21 +102,21 @@ class TinyDenoiser:
         ids = [WORDS.index(word) for word in self.superclass.split()]
         return {"l": self.text.tokens.weight[ids].mean(0)}
 
-    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
+    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Conditioning:
         ids = token_ids(prompts)
         mask = ids == WORDS.index("sks")
         vectors = torch.where(mask[..., None], embeddings["l"], self.text.tokens(ids))
-        return Encoded(self.text(vectors), mask)
+        return Conditioning(self.text(vectors), mask)
 
-    def encode_superclass(self, prompts: Sequence[str]) -> Encoded:
+    def encode_superclass(self, prompts: Sequence[str]) -> Conditioning:
         ids = token_ids(prompts)
         wanted = torch.tensor([WORDS.index(word) for word in self.superclass.split()])
-        return Encoded(self.text(self.text.tokens(ids)), torch.isin(ids, wanted))
+        return Conditioning(self.text(self.text.tokens(ids)), torch.isin(ids, wanted))
 
     def project(self, layer: str, part: Part, encodings: Tensor) -> Tensor:
         return getattr(self.unet.attention[layer], f"to_{part}")(encodings)
 
-    def errors(self, batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def errors(self, batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         images = self.images[batch.indices]
         images = torch.where((batch.variants == 1)[:, None, None, None], images.flip(-1), images)
         images = images[..., : self.shape(int(batch.indices[0]))[1]]
@@ -140,7 +140,7 @@ def noise_errors(
     images: Tensor,
     times: Tensor,
     text: Tensor,
-    edit: GatedEdit | None,
+    edit: GatedProjections | None,
     noise: Tensor,
 ) -> Tensor:
     angle = (0.15 + 0.7 * times)[:, None, None, None] * math.pi / 2
@@ -226,14 +226,14 @@ def colour_error(denoiser: TinyDenoiser, result: TrainingResult | None) -> float
     else:
         concept = result.concept
         encodings = denoiser.encode(prompts, concept.embeddings).encodings
-        edit = edit_of(denoiser, result, encodings) if concept.strength else None
+        edit = edit_of(denoiser, result, encodings) if concept.gate.strength else None
     with torch.no_grad():
         noise = torch.randn(images.shape, generator=random)
         errors = noise_errors(denoiser.unet, images, times, encodings, edit, noise)
     return float(errors.mean())
 
 
-def edit_of(denoiser: TinyDenoiser, result: TrainingResult, encodings: Tensor) -> GatedEdit:
+def edit_of(denoiser: TinyDenoiser, result: TrainingResult, encodings: Tensor) -> GatedProjections:
     concept = result.concept
     locked = locked_outputs(
         lambda layer, e: denoiser.project(layer, "k", e),
@@ -241,7 +241,7 @@ def edit_of(denoiser: TinyDenoiser, result: TrainingResult, encodings: Tensor) -
         concept.superclass_encoding,
     )
     inputs, gates = gated_inputs(encodings, [concept.direction()])
-    return GatedEdit(
+    return GatedProjections(
         inputs,
         gates,
         {name: output[None] for name, output in (concept.o_k or locked).items()},

@@ -97,7 +97,8 @@ def test_a_concept_of_another_family_names_both(
 def write_sd1_concept(path: Path) -> None:
     import torch
 
-    from perfusion.concept.concept import Concept, save_concept
+    from perfusion.concept.concept import Concept
+    from perfusion.concept.concept_file import save_concept
 
     path.parent.mkdir(parents=True, exist_ok=True)
     wide = torch.ones(768)

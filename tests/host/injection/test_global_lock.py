@@ -14,7 +14,7 @@ from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.host.text.placeholders import with_placeholders
 from comfyui_perfusion.host.text.twin import TwinEncoding, untwined, with_twin
-from comfyui_perfusion.perfusion import Schedule
+from comfyui_perfusion.perfusion import GateSchedule
 
 import nodes as comfy_nodes
 
@@ -308,7 +308,7 @@ def test_concepts_that_cannot_share_a_global_lock_are_refused(worlds, two):
     trained = type(two[0])(**{**vars(two[0]), "o_k": keys})
     with pytest.raises(ValueError, match=r"'<a>' was trained with keys.*local key lock"):
         apply_concepts(model, stock, [trained], "global")
-    schedule = Schedule(0, 0.5, (0.6, 0.6), (0.1, 0.1))
+    schedule = GateSchedule(0, 0.5, (0.6, 0.6), (0.1, 0.1))
     with pytest.raises(ValueError, match="2 different schedules"):
         apply_concepts(model, stock, [two[0], two[1].with_schedule(schedule)], "global")
     local, clip = apply_concepts(model, stock, two[:1])

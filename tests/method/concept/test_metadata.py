@@ -10,7 +10,7 @@ import pytest
 import safetensors
 from safetensors.torch import load_file, save_file
 
-from perfusion.concept.concept import load_concept, save_concept
+from perfusion.concept.concept_file import load_concept, save_concept
 from perfusion.concept.metadata import (
     PACK_VERSION,
     THUMBNAIL,
@@ -18,7 +18,7 @@ from perfusion.concept.metadata import (
     with_origin,
     with_thumbnail,
 )
-from perfusion.gated.gate_schedule import Schedule
+from perfusion.gated.gate_schedule import GateSchedule
 
 VERSIONS = {"ComfyUI": "0.30.0", "torch": "2.11.0+cu128"}
 HASH = "0011223344556677"
@@ -134,7 +134,7 @@ def test_a_description_holds_everything_a_concept_knows(sd1_concept):
 
 
 def test_a_description_counts_trained_keys_and_names_a_schedule(trained_keys_concept):
-    schedule = Schedule(0.2, 0.8, (0.6, 0.7), (0.15, 0.15), ("middle",))
+    schedule = GateSchedule(0.2, 0.8, (0.6, 0.7), (0.15, 0.15), ("middle",))
     found = lines_of(describe(trained_keys_concept.with_schedule(schedule)))
     assert found["keys"] == "trained"
     assert found["size"].startswith(f"{8 + 3 * 8 + 2 * 10} numbers")

@@ -292,13 +292,13 @@ def test_locked_keys_are_computed_once_per_load_and_not_per_step(worlds, two, mo
     model, clip = worlds.model("sd1"), worlds.clip("sd1")
     patched, clip_patched = apply_concepts(model, clip, two)
     calls = []
-    original = injection.ConceptEdit.prepare
+    original = injection.InjectedProjection.prepare
 
     def counted(self, *args):
         calls.append(self)
         return original(self, *args)
 
-    monkeypatch.setattr(injection.ConceptEdit, "prepare", counted)
+    monkeypatch.setattr(injection.InjectedProjection, "prepare", counted)
     worlds.sample(patched, clip_patched, PROMPT, 3)
     assert len(calls) == 32
 

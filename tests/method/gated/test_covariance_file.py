@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from perfusion import ConceptFileError, Covariance, load_covariance, save_covariance
+from perfusion import Covariance, FileFormatError, load_covariance, save_covariance
 
 
 def covariance():
@@ -50,5 +50,5 @@ GOOD = {
 def test_a_bad_file_is_refused_by_name(tmp_path, tensors, metadata, message):
     path = tmp_path / "bad.safetensors"
     safetensors.torch.save_file(tensors, path, {**GOOD, **metadata})
-    with pytest.raises(ConceptFileError, match=rf"bad\.safetensors.*{message}"):
+    with pytest.raises(FileFormatError, match=rf"bad\.safetensors.*{message}"):
         load_covariance(path)

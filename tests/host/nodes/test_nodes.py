@@ -22,7 +22,7 @@ from comfyui_perfusion.nodes.concepts import (
     PerfusionSetGate,
 )
 from comfyui_perfusion.nodes.training import PerfusionCovariance, PerfusionTrainConcept
-from comfyui_perfusion.perfusion import ConceptFileError, load_concept
+from comfyui_perfusion.perfusion import FileFormatError, load_concept
 
 SNAPSHOT = Path(__file__).with_name("schema_snapshot.json")
 
@@ -123,7 +123,7 @@ def test_a_concept_is_trained_saved_listed_loaded_and_applied(worlds, world, cov
     assert saved == [f"mine/my_cat_{n:05}_.safetensors" for n in (1, 2)]
     (loaded,) = PerfusionLoadConcept.execute(saved[0]).args
     (gated,) = PerfusionSetGate.execute(loaded, 0.3, 0.2, 0.9).args
-    assert (gated.bias, gated.temperature, gated.strength) == (0.3, 0.2, 0.9)
+    assert (gated.gate.bias, gated.gate.temperature, gated.gate.strength) == (0.3, 0.2, 0.9)
     model, clip = PerfusionApplyConcepts.execute(
         world["model"], world["clip"], {"concept0": gated, "concept1": None}
     ).args
@@ -202,7 +202,9 @@ def test_without_a_covariance_it_is_measured_first_and_found_the_next_time(world
         return original(*args)
 
     monkeypatch.setattr(covariance_module, "measure_covariance", counted)
-    monkeypatch.setattr("comfyui_perfusion.nodes.training.built_in", lambda count: built_in(40))
+    monkeypatch.setattr(
+        "comfyui_perfusion.host.text.caption_sources.built_in", lambda count: built_in(40)
+    )
     first, *_ = train(world, None, steps=1)
     second, *_ = train(world, None, steps=1)
     assert len(measured) == 1
@@ -236,7 +238,7 @@ def test_a_name_outside_the_concept_folder_is_not_loaded(folder, name):
 
 def test_a_file_that_is_no_concept_is_named_in_the_error(folder):
     (folder / "odd.safetensors").write_bytes(b"no safetensors at all")
-    with pytest.raises(ConceptFileError, match=r"odd\.safetensors"):
+    with pytest.raises(FileFormatError, match=r"odd\.safetensors"):
         PerfusionLoadConcept.execute("odd.safetensors")
 
 

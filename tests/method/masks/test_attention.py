@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perfusion.masks.attention import affinity, joined, spread, word_share
+from perfusion.masks.attention import affinity, joined, propagate, word_share
 from perfusion.masks.soft_masks import MaskOptions, follow_edges, iou, otsu, overlay, soft_masks
 
 
@@ -66,9 +66,9 @@ def test_alike_cells_come_to_look_alike():
     map_ = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
     pairs = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 1]]).float()
     pairs = pairs / pairs.sum(1, keepdim=True)
-    found = spread(map_, {(2, 2): pairs}, {(2, 2): 1})
+    found = propagate(map_, {(2, 2): pairs}, {(2, 2): 1})
     assert found.tolist() == [[0.0, 0.5], [0.0, 0.5]]
-    assert spread(map_, {}, {}) is map_
+    assert propagate(map_, {}, {}) is map_
 
 
 def test_otsu_parts_two_groups():

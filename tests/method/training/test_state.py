@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perfusion.files.safe_file import ConceptFileError, write_atomically
+from perfusion.files.safe_file import FileFormatError, write_atomically
 from perfusion.training.state import TrainingState, load_state, save_state
 
 TENSORS = {
@@ -37,5 +37,5 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 def test_a_damaged_state_is_refused_by_the_part_that_is_wrong(change, message, tmp_path):
     good = {"perfusion_training": "1", "step": "3", "scale": "1.0", "since_scaled": "0"}
     write_atomically(tmp_path / "state.safetensors", TENSORS, good | change)
-    with pytest.raises(ConceptFileError, match=message):
+    with pytest.raises(FileFormatError, match=message):
         load_state(tmp_path / "state.safetensors")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from perfusion.gated.covariance import Covariance, CovarianceAccumulator
+from perfusion.gated.gate import Gate
 from perfusion.gated.rank_one import Direction, similarities
 
 WIDTH = 16
@@ -60,7 +61,7 @@ def test_the_scale_of_the_encodings_changes_no_similarity():
     tokens = torch.randn(5, WIDTH, dtype=torch.float64)
     i = torch.randn(WIDTH, dtype=torch.float64)
     one, other = (
-        similarities(tokens, [Direction(i, measured(scale=scale).dual(i), 0.6, 0.1)])
+        similarities(tokens, [Direction(i, measured(scale=scale).dual(i), Gate(0.6, 0.1))])
         for scale in (1.0, 256.0)
     )
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from perfusion.gated.gate import Gate
 from perfusion.gated.rank_one import Direction, edit_projection
 
 WIDTH, FEATURES, TOKENS = 48, 20, 11
@@ -36,7 +37,7 @@ def test_the_single_concept_forward_in_eval_mode_agrees_in_fp32(is_key, bias, te
     encodings[1, 4] = i
     encodings[2, 2] = 0.7 * i + 0.3 * encodings[2, 2]
     dual = torch.linalg.solve(covariance.double(), i.double())
-    direction = Direction(i, dual, bias, temperature)
+    direction = Direction(i, dual, Gate(bias, temperature))
     with torch.no_grad():
         found = edit_projection(linear.weight, encodings, [direction], o[None])
         expected = module(encodings)

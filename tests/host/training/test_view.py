@@ -12,7 +12,7 @@ from comfyui_perfusion.host.models.native_loss import schedule
 from comfyui_perfusion.host.pictures.training_images import ImageOptions, encode_images
 from comfyui_perfusion.host.text.placeholders import PlaceholderError, serve_vectors
 from comfyui_perfusion.host.training.view import training_view
-from comfyui_perfusion.perfusion import Batch, GatedEdit, gated_inputs
+from comfyui_perfusion.perfusion import Batch, GatedProjections, gated_inputs
 
 from tests.host.training_world import WORDS, batch_of, edit_for, view_of
 
@@ -117,7 +117,7 @@ def test_the_edit_under_training_is_the_edit_that_is_applied_later(worlds, world
         }
         values = {name: output[None] for name, output in concept.o_v.items()}
         batch = batch_of(1)
-        trained = view.errors(batch, encoded, GatedEdit(inputs, gates, keys, values))
+        trained = view.errors(batch, encoded, GatedProjections(inputs, gates, keys, values))
         plain = view.errors(batch_of(1), encoded, None)
     patched, _ = apply_concepts(model, clip, [concept])
     comfy.model_management.load_models_gpu([patched])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from perfusion.gated.gate import Gate
 from perfusion.gated.key_lock import locked_outputs
 from perfusion.gated.rank_one import Direction, edit_projection
 
@@ -29,7 +30,7 @@ def test_with_an_open_gate_the_concepts_token_attends_like_the_superclass():
     linear = nn.Linear(8, 4, bias=False)
     encoding, i = torch.randn(8), torch.randn(8)
     keys = locked_outputs(lambda _, e: linear(e), ["a"], encoding)
-    direction = Direction(i, i, bias=-1e6, temperature=0.1)
+    direction = Direction(i, i, Gate(-1e6, 0.1))
     found = edit_projection(linear.weight, i[None], [direction], keys["a"][None])
     torch.testing.assert_close(found[0], linear(encoding))
 

@@ -24,7 +24,7 @@ from perfusion import (
     make_key_value_proj_rank1_edit_modules_,
     save_modules,
 )
-from perfusion.concept.concept import load_concept
+from perfusion.concept.concept_file import load_concept
 from perfusion.training.losses import masked_mean
 
 WORDS = ["<pad>", "<end>", "a", "photo", "of", "the", "my", "cat", "dog", "bird"]

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perfusion.concept.concept import Concept, ConceptFileError, load_concept, save_concept
-from perfusion.files.safe_file import FILE_LIMIT, HEADER_LIMIT
+from perfusion.concept.concept import Concept
+from perfusion.concept.concept_file import load_concept, save_concept
+from perfusion.files.safe_file import FILE_LIMIT, HEADER_LIMIT, FileFormatError
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def header_of(content: bytes) -> dict[str, Any]:
 
 def refused(path: Path, key: str, *fragments: str) -> str:
     """Load, expect the error, and that it names the file, the key and the fragments."""
-    with pytest.raises(ConceptFileError) as caught:
+    with pytest.raises(FileFormatError) as caught:
         load_concept(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
@@ -266,7 +267,7 @@ def test_random_damage_is_refused_or_harmless(path):
         path.write_bytes(damaged)
         try:
             concept = load_concept(path)
-        except ConceptFileError:
+        except FileFormatError:
             continue
         loaded += 1
         assert concept.energy > 0

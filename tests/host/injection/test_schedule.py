@@ -15,7 +15,7 @@ from comfyui_perfusion.host.injection.agenda import Clock
 from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.nodes.schedule import PerfusionScheduleGate
-from comfyui_perfusion.perfusion import Schedule, edit_projection
+from comfyui_perfusion.perfusion import GateSchedule, edit_projection
 from torch._dynamo.utils import counters
 
 import nodes as comfy_nodes
@@ -149,7 +149,9 @@ def test_outside_of_its_range_a_concept_changes_no_bit_and_computes_nothing(
 def test_a_schedule_over_everything_with_a_still_gate_is_no_schedule(worlds, two):
     model, stock = worlds.model("sd1_light"), worlds.clip("sd1")
     plain, clip = apply_concepts(model, stock, two)
-    concepts = [scheduled(c, bias=(c.bias,) * 2, temperature=(c.temperature,) * 2) for c in two]
+    concepts = [
+        scheduled(c, bias=(c.gate.bias,) * 2, temperature=(c.gate.temperature,) * 2) for c in two
+    ]
     patched, _ = apply_concepts(model, stock, concepts)
     assert torch.equal(worlds.sample(patched, clip, PROMPT), worlds.sample(plain, clip, PROMPT))
 
@@ -235,4 +237,4 @@ def test_the_range_is_that_of_comfyuis_own_timestep_ranges(worlds, two):
 
 def test_one_schedule_behind_another_takes_its_place(two):
     again = scheduled(scheduled(two[0], 0.1, 0.2), 0.3, 0.4)
-    assert again.schedule == Schedule(0.3, 0.4, (0.5, 0.5), (0.2, 0.2))
+    assert again.schedule == GateSchedule(0.3, 0.4, (0.5, 0.5), (0.2, 0.2))

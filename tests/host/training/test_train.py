@@ -23,7 +23,7 @@ from tests.host.small_training import (
     run_folder,
     use_folder,
 )
-from tests.host.test_selection import build_vision
+from tests.host.training.test_selection import build_vision
 
 PROMPTS = ("a {} on the beach", "a <bo> in the snow")
 SIDE = 48

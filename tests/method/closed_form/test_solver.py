@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from perfusion.closed_form.solver import Constraints, directions, solve
+from perfusion.closed_form.solver import Constraints, constraint_rows, solve
 
 WIDTH, OUT = 12, 7
 FEW, MANY = 5, 30  # fewer and more constraints than dimensions
@@ -56,7 +56,7 @@ def test_the_edit_is_the_least_squares_minimiser(count, prior):
 def test_targets_that_are_no_encodings_are_met_as_well(count):
     asked = constraints(count)
     values = randn(count, OUT, seed=20)
-    rows, _ = directions(asked.inputs, asked.row_weights, 0.2)
+    rows, _ = constraint_rows(asked.inputs, asked.row_weights, 0.2)
     found = (values - asked.inputs @ WEIGHT.mT).mT @ rows
     expected = brute_force(WEIGHT, asked, values, 0.2, None)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -148,7 +148,7 @@ def test_single_and_half_precision_inputs_agree_with_double(kind):
 
 
 def test_an_ill_conditioned_edit_keeps_its_digits_where_an_inverse_in_single_loses_them():
-    # Long encodings of few directions and a small ridge, as TIME's defaults make them.
+    # Long encodings of few constraint_rows and a small ridge, as TIME's defaults make them.
     common = randn(3, WIDTH, seed=3) * 300
     source = randn(8, 3, seed=4) @ common + randn(8, WIDTH, seed=5)
     asked = Constraints(source, source + randn(8, WIDTH, seed=6))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from perfusion.gated.rank_one import GatedEdit, edit_projection, similarities
+from perfusion.gated.gate import Gate
+from perfusion.gated.rank_one import GatedProjections, edit_projection, similarities
 from perfusion.text.prompts import fill
-from perfusion.training.run import Batch, Encoded, TrainingResult, train_concept
+from perfusion.training.run import Batch, Conditioning, TrainingResult, train_concept
 from tests.method.tiny_diffusion import (
     SIDE,
     TEMPLATES,
@@ -52,10 +53,10 @@ def test_the_model_is_left_exactly_as_it_was(denoiser, covariance):
 
 
 def test_training_starts_at_the_superclass_with_its_keys_locked(denoiser, covariance):
-    seen: list[GatedEdit] = []
+    seen: list[GatedProjections] = []
     original = denoiser.errors
 
-    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         assert edit is not None
         keys = {name: output.detach().clone() for name, output in edit.keys.items()}
         values = {name: output.detach().clone() for name, output in edit.values.items()}
@@ -78,10 +79,10 @@ def test_training_starts_at_the_superclass_with_its_keys_locked(denoiser, covari
 
 
 def test_the_edit_training_uses_is_equation_three_with_the_followed_input(denoiser, covariance):
-    seen: list[tuple[Tensor, GatedEdit]] = []
+    seen: list[tuple[Tensor, GatedProjections]] = []
     original = denoiser.errors
 
-    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         assert edit is not None
         seen.append((encoded.encodings, edit))
         return original(batch, encoded, edit)
@@ -100,7 +101,7 @@ def test_the_input_follows_the_concepts_encoding_once_per_step(ema, denoiser, co
     means: list[Tensor] = []
     original = denoiser.errors
 
-    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         means.append(encoded.encodings[encoded.mask].detach().mean(0))
         return original(batch, encoded, edit)
 
@@ -132,10 +133,10 @@ def test_training_does_not_touch_the_global_generator(denoiser, covariance):
 
 
 def test_textual_inversion_trains_the_embedding_alone(denoiser, covariance):
-    edits: list[GatedEdit | None] = []
+    edits: list[GatedProjections | None] = []
     original = denoiser.errors
 
-    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         edits.append(edit)
         return original(batch, encoded, edit)
 
@@ -144,7 +145,7 @@ def test_textual_inversion_trains_the_embedding_alone(denoiser, covariance):
     result = train_concept(denoiser, settings, covariance)
     concept = result.concept
     assert edits == [None] * 60
-    assert concept.strength == 0
+    assert concept.gate.strength == 0
     for name, output in concept.o_v.items():
         expected = denoiser.project(name, "v", concept.superclass_encoding)
         torch.testing.assert_close(output, expected)
@@ -205,7 +206,7 @@ def test_every_image_gets_its_turn_and_timesteps_cover_the_schedule(denoiser, co
     batches: list[Batch] = []
     original = denoiser.errors
 
-    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         batches.append(batch)
         return original(batch, encoded, edit)
 
@@ -229,7 +230,7 @@ def test_images_of_different_sizes_are_computed_apart_and_all_count(denoiser, co
     shapes: list[tuple[set[int], int]] = []
     original = denoiser.errors
 
-    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         errors = original(batch, encoded, edit)
         shapes.append(({denoiser.shape(n)[1] for n in batch.indices.tolist()}, errors.shape[-1]))
         return errors
@@ -245,11 +246,11 @@ def test_each_image_is_learned_with_its_own_caption(denoiser, covariance):
     encode, errors = denoiser.encode, denoiser.errors
     prompts: list[str] = []
 
-    def encoding(texts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
+    def encoding(texts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Conditioning:
         prompts[:] = texts
         return encode(texts, embeddings)
 
-    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         seen.extend(zip(batch.indices.tolist(), prompts, strict=True))
         return errors(batch, encoded, edit)
 
@@ -268,7 +269,7 @@ def test_a_sentence_drawn_twice_is_encoded_once(denoiser, covariance):
     encoded: list[int] = []
     original = denoiser.encode
 
-    def watched(prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Encoded:
+    def watched(prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Conditioning:
         assert len(set(prompts)) == len(prompts)
         encoded.append(len(prompts))
         return original(prompts, embeddings)
@@ -283,7 +284,7 @@ def test_every_variant_is_seen_and_noise_does_not_depend_on_the_grouping(denoise
     batches: list[Batch] = []
     original = denoiser.errors
 
-    def watched(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         batches.append(batch)
         return original(batch, encoded, edit)
 
@@ -302,7 +303,7 @@ def test_fp16_gradients_are_scaled_until_they_fit(denoiser, covariance):
     denoiser.needs_scaling = True
     original = denoiser.errors
 
-    def narrow(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def narrow(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         errors = original(batch, encoded, edit)
         # As fp16 would: a gradient above 65,504 becomes infinity.
         errors.register_hook(lambda g: g.masked_fill(g.abs() > 20, float("inf")))
@@ -326,7 +327,7 @@ def test_the_concept_records_how_it_was_made(denoiser, covariance):
     assert settings["templates"] == list(TEMPLATES)
     assert concept.metadata["covariance_hash"] == covariance.digest
     assert concept.metadata["encoder_hash"] == "tiny-text"
-    assert (concept.family, concept.train_bias, concept.train_temperature) == ("tiny", 0.75, 0.1)
+    assert (concept.family, concept.train_gate) == ("tiny", Gate(0.75, 0.1))
 
 
 def test_the_gradient_of_the_outputs_agrees_with_finite_differences(denoiser, covariance):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from perfusion.concept.concept import Concept
 from perfusion.gated.covariance import Covariance
-from perfusion.gated.rank_one import GatedEdit, Part
+from perfusion.gated.rank_one import GatedProjections, Part
 from perfusion.training.run import (
     Batch,
-    Encoded,
+    Conditioning,
     Progress,
     TrainingCallbacks,
     TrainingResult,
@@ -108,7 +108,7 @@ def test_a_picture_of_nan_ends_training_before_it_learned_anything_wrong(denoise
 def test_nan_in_the_text_encoding_ends_training_with_the_last_good_state(denoiser, covariance):
     original, calls = denoiser.encode, []
 
-    def spoiled(*arguments: Any) -> Encoded:
+    def spoiled(*arguments: Any) -> Conditioning:
         calls.append(arguments)
         encoded = original(*arguments)
         factor = math.nan if len(calls) == 2 else 1.0
@@ -124,7 +124,7 @@ def test_a_step_with_a_gradient_of_nan_is_not_kept(denoiser, covariance):
     expected = train_concept(denoiser, config(steps=1), covariance)
     original, calls = denoiser.errors, []
 
-    def spoiled(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def spoiled(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         calls.append(batch)
         errors = original(batch, encoded, edit)
         # The root of zero is finite, its slope is not.
@@ -212,7 +212,7 @@ def short_of_memory(denoiser: TinyDenoiser, most: int) -> None:
     """Fail whenever more than ``most`` rows are computed at once."""
     original = denoiser.errors
 
-    def errors(batch: Batch, encoded: Encoded, edit: GatedEdit | None) -> Tensor:
+    def errors(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
         if len(batch.indices) > most:
             raise OutOfMemory
         return original(batch, encoded, edit)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from perfusion.gated.gate import Gate
 from perfusion.gated.rank_one import (
     Direction,
-    GatedEdit,
+    GatedProjections,
     active_directions,
     combine,
     edit_projection,
@@ -38,9 +39,8 @@ def covariance(random: torch.Generator) -> Tensor:
 
 
 def directions_for(metric: Tensor, inputs: Tensor, **gate: float) -> list[Direction]:
-    settings = {"bias": 0.65, "temperature": 0.15} | gate
     return [
-        Direction(i, torch.linalg.solve(metric, i), name=f"concept-{number}", **settings)
+        Direction(i, torch.linalg.solve(metric, i), Gate(**gate), name=f"concept-{number}")
         for number, i in enumerate(inputs)
     ]
 
@@ -110,7 +110,7 @@ def test_the_scale_of_the_covariance_does_not_matter(random):
 def test_rescaling_the_dual_of_one_concept_among_several_does_not_matter(random):
     metric, inputs = covariance(random), normal(random, 2, WIDTH)
     first, second = directions_for(metric, inputs)
-    rescaled = Direction(second.i, second.u * 1e-3, second.bias, second.temperature)
+    rescaled = Direction(second.i, second.u * 1e-3, second.gate)
     encodings = normal(random, 4, WIDTH)
     for one, other in zip(
         gated_inputs(encodings, [first, second]),
@@ -214,24 +214,27 @@ def test_neighbouring_concepts_that_can_be_told_apart_are_accepted(random):
 def test_bad_directions_are_refused_with_both_sides_named(random):
     i = normal(random, WIDTH)
     with pytest.raises(ValueError, match=r"'sks'.*\(24,\).*\(23,\)"):
-        Direction(i, i[1:], 0.6, 0.1, name="sks")
-    with pytest.raises(ValueError, match="temperature above 0, found 0"):
-        Direction(i, i, 0.6, 0.0)
+        Direction(i, i[1:], Gate(0.6, 0.1), name="sks")
     with pytest.raises(ValueError, match="positive finite energy"):
-        combine([Direction(i, -i, 0.6, 0.1)])
+        combine([Direction(i, -i, Gate(0.6, 0.1))])
     with pytest.raises(ValueError, match="positive finite energy"):
-        combine([Direction(i * math.nan, i, 0.6, 0.1)])
+        combine([Direction(i * math.nan, i, Gate(0.6, 0.1))])
     with pytest.raises(ValueError, match="found none"):
         combine([])
     with pytest.raises(ValueError, match="'a' has 24, 'b' has 23"):
-        combine([Direction(i, i, 0.6, 0.1, name="a"), Direction(i[1:], i[1:], 0.6, 0.1, name="b")])
+        combine(
+            [
+                Direction(i, i, Gate(0.6, 0.1), name="a"),
+                Direction(i[1:], i[1:], Gate(0.6, 0.1), name="b"),
+            ]
+        )
     with pytest.raises(ValueError, match=r"width 24.*found 23"):
-        gated_inputs(normal(random, 4, 23), [Direction(i, i, 0.6, 0.1)])
+        gated_inputs(normal(random, 4, 23), [Direction(i, i, Gate(0.6, 0.1))])
     with pytest.raises(ValueError, match=r"\(1, 10\).*found \(2, 10\)"):
         edit_projection(
             normal(random, FEATURES, WIDTH),
             normal(random, 4, WIDTH),
-            [Direction(i, i, 0.6, 0.1)],
+            [Direction(i, i, Gate(0.6, 0.1))],
             normal(random, 2, FEATURES),
         )
 
@@ -279,7 +282,7 @@ def test_a_gated_edit_calls_the_layers_own_forward_with_the_outputs_of_its_part(
     directions = directions_for(covariance(random), normal(random, 1, WIDTH))
     encodings, outputs = normal(random, 2, 9, WIDTH), normal(random, 2, 1, FEATURES)
     inputs, gates = gated_inputs(encodings, directions)
-    edit = GatedEdit(inputs, gates, {"attn2": outputs[0]}, {"attn2": outputs[1]})
+    edit = GatedProjections(inputs, gates, {"attn2": outputs[0]}, {"attn2": outputs[1]})
 
     def doubled(x: Tensor) -> Tensor:
         return 2 * linear(x)

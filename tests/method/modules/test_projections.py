@@ -17,6 +17,7 @@ from perfusion import (
     make_key_value_proj_rank1_edit_modules_,
     merge_rank1_edit_modules,
 )
+from perfusion.gated.gate import Gate
 from perfusion.gated.rank_one import Direction, edit_projection
 
 WIDTH, FEATURES, TOKENS = 48, 20, 11
@@ -140,7 +141,7 @@ def test_training_mode_uses_the_training_gate_and_equation_three():
     module = Rank1EditModule(projection(), C=covariance_matrix())
     batch = train_once(module)
     i, u = module.inputs.i[0], module.inputs.u[0]
-    direction = Direction(i, u, bias=0.75, temperature=0.1)
+    direction = Direction(i, u, Gate(0.75, 0.1))
     outputs = module.outputs((0,))
     expected = edit_projection(module.linear.weight, batch["text_enc"], [direction], outputs)
     torch.testing.assert_close(module(**batch), expected)
@@ -201,7 +202,7 @@ def test_merged_concepts_each_lose_their_own_input_entirely_and_give_their_own_o
     with torch.no_grad():
         found = merged(merged.inputs.i, concept_id=ids)
         directions = [
-            Direction(merged.inputs.i[c], merged.inputs.u[c], 0.65, 0.15) for c in range(count)
+            Direction(merged.inputs.i[c], merged.inputs.u[c], Gate()) for c in range(count)
         ]
         duals = merged.inputs.u.double()
         energies = (duals * merged.inputs.i.double()).sum(-1)

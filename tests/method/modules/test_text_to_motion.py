@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perfusion.concept.concept import load_concept
+from perfusion.concept.concept_file import load_concept
 from research import text_to_motion as example
 
 
