@@ -1,0 +1,116 @@
+"""Twin lock: the prompt reads as its superclass, and a concept speaks in values only.
+
+The *twin* ``t`` of a prompt has the superclass words where the prompt ``e`` has placeholders. The
+model is conditioned on ``t``; from ``e`` come the similarities alone, and with them the gates::
+
+    g_c = sigmoid((s_c - bias_c) / temperature_c), and 0 at every token where e equals t
+    a_c = w_c g_c / max(1, sum_b min(w_b, 1) g_b)
+    K:  h = W_K t                   V:  h = W_V (1 - sum_c a_c) t + sum_c a_c o_c
+
+in training and at inference alike. The division keeps several gates that are open at one token
+from adding up to more than one; it is continuous in every strength, and a concept of strength 0
+is a concept left out. For one concept it is ``h' = (1 - w) W t + w h``, as everywhere.
+
+What follows: at a token where ``e`` equals ``t`` the input of V is ``1 t`` and what is added is 0,
+so a prompt without a placeholder gives bit for bit what it gives without concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn, sigmoid
+
+from .rank_one import Basis, Direction, Part, combine, similarities
+
+
+@dataclass(frozen=True, eq=False)
+class TwinProjections:
+    """Everything the projections of one model need to apply twin-locked concepts to one batch.
+
+    Attributes:
+        twin: t (B, N, D), which the keys are made of.
+        inputs: ``(1 - sum a) t`` (B, N, D), which the values are made of.
+        gates: a (B, N, k).
+        values: the name of an attention layer -> its outputs o (k, d), one row per concept.
+    """
+
+    twin: Tensor
+    inputs: Tensor
+    gates: Tensor
+    values: Mapping[str, Tensor]
+
+    def apply(self, linear: Callable[[Tensor], Tensor], layer: str, part: Part) -> Tensor:
+        """The projection (B, N, d) of a layer; ``linear`` is the layer's own, unedited forward."""
+        if part == "k":
+            return linear(self.twin)
+        hidden = linear(self.inputs)
+        return hidden + self.gates.to(hidden.dtype) @ self.values[layer].to(hidden)
+
+
+def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] | Basis) -> Tensor:
+    """The gates a (..., N, k) of every token, already multiplied by the strengths.
+
+    Args:
+        encodings: e (..., N, D), of the prompts with placeholders.
+        twin: t (..., N, D), of the prompts with superclass words.
+        directions: the concepts, or what `combine` made of them.
+
+    Returns:
+        a in fp32 (fp64 for fp64 encodings).
+
+    Raises:
+        ValueError: as `combine` does, and for encodings that are not of one shape.
+    """
+    if encodings.shape != twin.shape:
+        raise ValueError(
+            f"expected a prompt and its twin of one shape, found {tuple(encodings.shape)} and "
+            f"{tuple(twin.shape)}; encode both with as many tokens"
+        )
+    basis = directions if isinstance(directions, Basis) else combine(directions)
+    similarity = similarities(encodings, basis)
+    return open_twin_gates(similarity, named_tokens(encodings, twin), basis)
+
+
+def named_tokens(encodings: Tensor, twin: Tensor) -> Tensor:
+    """(..., N) bool: the tokens at which a concept may speak, those where e and t differ."""
+    return (encodings != twin).any(dim=-1)
+
+
+def open_twin_gates(similarity: Tensor, named: Tensor, basis: Basis) -> Tensor:
+    """a (..., N, k) of similarities (..., N, k) at the named tokens (..., N), 0 at the others.
+
+    The part of `twin_gates` that is done again when the gates move.
+    """
+    basis = basis.to(similarity.device, similarity.dtype)
+    gates = sigmoid((similarity - basis.bias) / basis.temperature) * named[..., None]
+    total = (gates * basis.strength.clamp(max=1)).sum(dim=-1, keepdim=True)
+    return gates * basis.strength / total.clamp(min=1)
+
+
+def twin_inputs(twin: Tensor, gates: Tensor) -> Tensor:
+    """``(1 - sum_c a_c) t`` (..., N, D), the input of V, in the dtype of the twin."""
+    rest = 1 - gates.sum(dim=-1, keepdim=True)
+    return rest.to(twin.dtype) * twin
+
+
+def twin_projection(
+    weight: Tensor,
+    encodings: Tensor,
+    twin: Tensor,
+    directions: Sequence[Direction],
+    outputs: Tensor,
+) -> Tensor:
+    """The edited values (..., N, d) as a pure function: weight (d, D), outputs (k, d)."""
+    if outputs.shape != (len(directions), weight.shape[0]):
+        raise ValueError(
+            f"expected outputs of shape {(len(directions), weight.shape[0])} "
+            f"(concepts, features), found {tuple(outputs.shape)}"
+        )
+    rows = [row for row, direction in enumerate(directions) if direction.gate.strength != 0]
+    if not rows:
+        return nn.functional.linear(twin, weight)
+    gates = twin_gates(encodings, twin, [directions[row] for row in rows])
+    hidden = nn.functional.linear(twin_inputs(twin, gates), weight)
+    return hidden + gates.to(hidden.dtype) @ outputs[rows].to(hidden)
