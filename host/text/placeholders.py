@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
+from ...perfusion.text.words import word_pattern
 from ..models.families import embedding_width, encoder_models
 
 logger = logging.getLogger("perfusion")
@@ -156,9 +157,7 @@ def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
 
 def _whole_word(word: str) -> str:
     # After "embedding:" it is the name of a file.
-    before = r"(?<!embedding:)" + (r"(?<!\w)" if re.match(r"\w", word) else "")
-    after = r"(?!\w)" if re.search(r"\w$", word) else ""
-    return f"{before}{re.escape(word)}{after}"
+    return f"(?<!embedding:){word_pattern(word)}"
 
 
 def _check_vectors(concept: Concept, encoders: Mapping[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..gated.gate import INFERENCE_GATE, TRAINING_GATE, Gate
 from ..gated.gate_schedule import GateSchedule
 from ..gated.rank_one import Direction
+from ..shapes import Vector
 from ..text.words import check_identifier, check_phrase, check_word
 
 LAYER_LIMIT = 4096
@@ -22,25 +25,33 @@ THUMBNAIL_LIMIT = 2**20
 class Concept:
     """What training a concept leaves behind.
 
-    ``family`` names the model family ("sd1", "sdxl", ...). ``placeholder`` is the word used in
-    prompts. ``embeddings`` maps a text encoder ("l", "g", ...) to its token vector (dim,). ``i``,
-    ``u`` and ``superclass_encoding`` have shape (D,). ``o_v`` maps a cross-attention's module path
-    to its value output (d,); ``o_k`` holds trained keys and is None for keys locked to the
-    superclass. ``gate`` is the gate at inference, ``train_gate`` the one it was trained with.
-    ``metadata`` carries everything else as text (hashes, training settings, modelspec keys,
-    thumbnail). ``schedule`` says when and where it acts and takes the place of the gate's bias and
-    temperature; it belongs to a workflow, not to the file.
+    Attributes:
+        family: the model family ("sd1", "sdxl", ...).
+        placeholder: the word used in prompts.
+        superclass: the everyday word the concept is a kind of.
+        embeddings: text encoder ("l", "g", ...) -> its token vector (dim,).
+        i: the target input.
+        u: the dual of i.
+        superclass_encoding: what locked keys are made of.
+        o_v: a cross-attention's module path -> its value output (d,).
+        o_k: the same for trained keys, None for keys locked to the superclass.
+        gate: the gate at inference.
+        train_gate: the gate it was trained with.
+        metadata: everything else as text (hashes, training settings, modelspec keys, thumbnail).
+        schedule: when and where it acts; takes the place of the gate's bias and temperature, and
+            belongs to a workflow, not to the file.
 
-    Raises ValueError, naming the field, when the pieces do not fit together.
+    Raises:
+        ValueError: naming the field, when the pieces do not fit together.
     """
 
     family: str
     placeholder: str
     superclass: str
     embeddings: Mapping[str, Tensor]
-    i: Tensor
-    u: Tensor
-    superclass_encoding: Tensor
+    i: Vector
+    u: Vector
+    superclass_encoding: Vector
     o_v: Mapping[str, Tensor]
     o_k: Mapping[str, Tensor] | None = None
     gate: Gate = INFERENCE_GATE
@@ -54,12 +65,7 @@ class Concept:
         check_phrase("superclass", self.superclass)
         self._check_vectors()
         self._check_layers()
-        thumbnail = self.metadata.get("modelspec.thumbnail", "data:image/")
-        if not thumbnail.startswith("data:image/") or len(thumbnail) > THUMBNAIL_LIMIT:
-            raise ValueError(
-                f"modelspec.thumbnail: expected a data:image/ URL of at most {THUMBNAIL_LIMIT} "
-                f"characters, found {len(thumbnail)} starting with {thumbnail[:20]!r}"
-            )
+        _check_thumbnail(self.metadata)
 
     @property
     def key_lock(self) -> str:
@@ -71,10 +77,10 @@ class Concept:
         """Module path of every edited cross-attention -> d."""
         return {name: output.shape[0] for name, output in self.o_v.items()}
 
-    @property
+    @cached_property
     def energy(self) -> float:
-        """``i . u``."""
-        return float(self.direction().energy)
+        """``i . u``, in fp64."""
+        return float(self.i.to("cpu", torch.float64) @ self.u.to("cpu", torch.float64))
 
     def with_gate(
         self,
@@ -84,7 +90,9 @@ class Concept:
     ) -> Concept:
         """The same concept with another inference gate; None keeps a value.
 
-        Raises ValueError for another bias or temperature of a scheduled concept.
+        Raises:
+            ValueError: for values the gate cannot take, and for another bias or temperature of a
+                scheduled concept.
         """
         if self.schedule is not None and not bias is temperature is None:
             raise ValueError(
@@ -93,35 +101,50 @@ class Concept:
             )
         asked = {"bias": bias, "temperature": temperature, "strength": strength}
         given = {name: value for name, value in asked.items() if value is not None}
-        return replace(self, gate=replace(self.gate, **given))
+        return self._with(gate=replace(self.gate, **given))
 
     def with_schedule(self, schedule: GateSchedule | None) -> Concept:
         """The same concept acting only when and where a schedule says (None: always)."""
-        return replace(self, schedule=schedule)
+        return self._with(schedule=schedule)
+
+    def with_metadata(self, entries: Mapping[str, str]) -> Concept:
+        """The same concept saying more about itself; entries of the same key are replaced.
+
+        Raises:
+            ValueError: for a thumbnail that is none.
+        """
+        metadata = {**self.metadata, **entries}
+        _check_thumbnail(metadata)
+        return self._with(metadata=metadata)
 
     def direction(self) -> Direction:
         """The gate and direction `rank_one` works with, named after the placeholder."""
         return Direction(self.i, self.u, self.gate, name=self.placeholder)
 
+    def _with(self, **fields: object) -> Concept:
+        """A copy with fields that were checked when they were made: the others still fit."""
+        changed = copy.copy(self)
+        changed.__dict__.update(fields)
+        return changed
+
     def _check_vectors(self) -> None:
         if not self.embeddings:
             raise ValueError("embeddings: expected a vector for each text encoder, found none")
-        for encoder, vector in self.embeddings.items():
+        for encoder in self.embeddings:
             check_identifier("embeddings", encoder)
-            _check_vector(f"embedding.{encoder}", vector)
-        _check_vector("i", self.i)
-        _check_vector("u", self.u, self.i.shape[0])
-        _check_vector("superclass_encoding", self.superclass_encoding, self.i.shape[0])
-        energy = self.energy
-        if not 0 < energy < math.inf:
-            raise ValueError(f"u: expected a positive energy i.u, found {energy}")
+        _check_all({f"embedding.{name}": vector for name, vector in self.embeddings.items()})
+        width = self.i.shape[0] if self.i.ndim == 1 else None
+        encodings = {"i": self.i, "u": self.u, "superclass_encoding": self.superclass_encoding}
+        _check_all(encodings, dict.fromkeys(encodings, width))
+        if not 0 < self.energy < math.inf:
+            raise ValueError(f"u: expected a positive energy i.u, found {self.energy}")
 
     def _check_layers(self) -> None:
         if not 0 < len(self.o_v) <= LAYER_LIMIT:
             raise ValueError(f"o_v: expected 1 to {LAYER_LIMIT} layers, found {len(self.o_v)}")
-        for name, output in self.o_v.items():
+        for name in self.o_v:
             check_identifier("layer", name)
-            _check_vector(f"o_v of {name}", output)
+        _check_all({f"o_v of {name}": output for name, output in self.o_v.items()})
         if self.o_k is None:
             return
         if list(self.o_k) != list(self.o_v):
@@ -129,16 +152,34 @@ class Concept:
                 f"o_k: expected the {len(self.o_v)} layers of o_v in their order, "
                 f"found {len(self.o_k)} others"
             )
-        for name, output in self.o_k.items():
-            _check_vector(f"o_k of {name}", output, self.o_v[name].shape[0])
+        widths = {f"o_k of {name}": output.shape[0] for name, output in self.o_v.items()}
+        _check_all({f"o_k of {name}": output for name, output in self.o_k.items()}, widths)
 
 
-def _check_vector(key: str, vector: Tensor, width: int | None = None) -> None:
-    if vector.ndim != 1 or vector.shape[0] == 0 or not vector.is_floating_point():
+def _check_thumbnail(metadata: Mapping[str, str]) -> None:
+    thumbnail = metadata.get("modelspec.thumbnail", "data:image/")
+    if not thumbnail.startswith("data:image/") or len(thumbnail) > THUMBNAIL_LIMIT:
         raise ValueError(
-            f"{key}: expected a floating-point vector, found {tuple(vector.shape)} {vector.dtype}"
+            f"modelspec.thumbnail: expected a data:image/ URL of at most {THUMBNAIL_LIMIT} "
+            f"characters, found {len(thumbnail)} starting with {thumbnail[:20]!r}"
         )
-    if width is not None and vector.shape[0] != width:
-        raise ValueError(f"{key}: expected {width} values, found {vector.shape[0]}")
-    if not bool(torch.isfinite(vector).all()):
-        raise ValueError(f"{key}: expected finite values, found NaN or infinity")
+
+
+def _check_all(
+    vectors: Mapping[str, Tensor], widths: Mapping[str, int | None] | None = None
+) -> None:
+    """Check vectors by name: their form one by one, and that they are finite at one go."""
+    for key, vector in vectors.items():
+        if vector.ndim != 1 or vector.shape[0] == 0 or not vector.is_floating_point():
+            raise ValueError(
+                f"{key}: expected a floating-point vector, found {tuple(vector.shape)} "
+                f"{vector.dtype}"
+            )
+        width = None if widths is None else widths[key]
+        if width is not None and vector.shape[0] != width:
+            raise ValueError(f"{key}: expected {width} values, found {vector.shape[0]}")
+    if bool(torch.isfinite(torch.cat(list(vectors.values()))).all()):
+        return
+    for key, vector in vectors.items():
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError(f"{key}: expected finite values, found NaN or infinity")

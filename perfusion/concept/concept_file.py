@@ -44,9 +44,12 @@ _OWN_KEYS = (
 def save_concept(concept: Concept, path: Path | str, dtype: torch.dtype = torch.float16) -> Path:
     """Write a concept as .safetensors in fp16 (or fp32), atomically; returns the path written.
 
-    A missing folder is made. Raises ValueError for another suffix or dtype, for a concept with a
-    schedule, for metadata that takes one of the format's own keys, and for values fp16 cannot
-    hold; OSError when the disk refuses, leaving no partial file and any former one untouched.
+    A missing folder is made.
+
+    Raises:
+        ValueError: for another suffix or dtype, for a concept with a schedule, for metadata that
+            takes one of the format's own keys, and for values fp16 cannot hold.
+        OSError: when the disk refuses, leaving no partial file and any former one untouched.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -64,7 +67,8 @@ def save_concept(concept: Concept, path: Path | str, dtype: torch.dtype = torch.
 def load_concept(path: Path | str) -> Concept:
     """Read a concept file, trusting nothing in it; tensors come as fp32 on the CPU.
 
-    Every fault raises `FileFormatError`, naming the file, the key, what was expected and found.
+    Raises:
+        FileFormatError: for every fault, naming the file, the key, what was expected and found.
     """
     path = Path(path)
     return decode(path, *read_untrusted(path))
@@ -73,8 +77,9 @@ def load_concept(path: Path | str) -> Concept:
 def encode(concept: Concept, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a concept's file; ``dtype`` float16 or float32.
 
-    Raises ValueError for another dtype, for metadata that takes one of the format's own keys, and
-    for values the dtype cannot hold.
+    Raises:
+        ValueError: for another dtype, for metadata that takes one of the format's own keys, and
+            for values the dtype cannot hold.
     """
     if dtype not in DTYPES:
         raise ValueError(f"expected dtype float16 or float32, found {dtype}")
@@ -87,8 +92,10 @@ def encode(concept: Concept, dtype: torch.dtype) -> tuple[dict[str, Tensor], dic
 def decode(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Concept:
     """The concept in the content of the file ``path``; tensors become fp32.
 
-    Every key is checked for presence and form, and the layer table against the tensors. Raises
-    `FileFormatError`, naming the file, the key, what was expected and what was found.
+    Every key is checked for presence and form, and the layer table against the tensors.
+
+    Raises:
+        FileFormatError: naming the file, the key, what was expected and what was found.
     """
     version = metadata.get("perfusion_version")
     if version is None:
@@ -96,7 +103,10 @@ def decode(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     if version != FORMAT_VERSION:
         expected = f"format version {FORMAT_VERSION} (a newer file needs a newer pack)"
         refuse(path, "perfusion_version", expected, repr(version))
-    texts = {key: _text(path, metadata, key) for key in _OWN_KEYS}
+    for key in _OWN_KEYS:
+        if key not in metadata:
+            refuse(path, key, "this key in the metadata", "no such key")
+    texts = {key: metadata[key] for key in _OWN_KEYS}
     layers = _layer_table(path, texts["layers"], texts["layer_suffix"])
     (energy,) = _numbers(path, "energy", texts["energy"], 1)
     has_keys = texts["key_lock"] == "trained"
@@ -206,12 +216,6 @@ def _common_suffix(names: list[str]) -> str:
     # Ever shorter endings: the first one they all have is the longest.
     shared = (first[at:] for at in starts if all(n.endswith(first[at:]) for n in others))
     return next(shared, "")
-
-
-def _text(path: Path, metadata: Mapping[str, str], key: str) -> str:
-    if key not in metadata:
-        refuse(path, key, "this key in the metadata", "no such key")
-    return metadata[key]
 
 
 def _json(path: Path, key: str, text: str) -> object:

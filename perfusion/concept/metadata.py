@@ -13,7 +13,6 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 
 from ..gated.gate_schedule import GateSchedule
 from .concept import Concept
@@ -52,27 +51,33 @@ def modelspec(concept: Concept) -> dict[str, str]:
 def with_origin(concept: Concept, versions: Mapping[str, str], images_hash: str = "") -> Concept:
     """The same concept saying what made it, and of which pictures.
 
-    ``versions`` are those of the host's programs, such as {"ComfyUI": "0.30.0"}; the pack's own
-    comes first. ``images_hash`` names the training pictures.
+    Args:
+        concept: the concept.
+        versions: those of the host's programs, such as {"ComfyUI": "0.30.0"}; the pack's own
+            comes first.
+        images_hash: names the training pictures.
     """
     parts = {"perfusion": PACK_VERSION, **versions}
     origin = {"made_with": ", ".join(f"{name} {version}" for name, version in parts.items())}
     if images_hash:
         origin["images_hash"] = images_hash
-    return replace(concept, metadata={**concept.metadata, **origin})
+    return concept.with_metadata(origin)
 
 
 def with_thumbnail(concept: Concept, url: str) -> Concept:
     """The same concept with a small picture, a ``data:image/...;base64,`` URL."""
-    return replace(concept, metadata={**concept.metadata, THUMBNAIL: url})
+    return concept.with_metadata({THUMBNAIL: url})
 
 
 def describe(concept: Concept, thumbnail: str = "") -> str:
     """All a concept says about itself, for a person, one thing a line.
 
-    ``thumbnail`` says what became of its picture, which takes a host to look at. Texts of the file
-    are shown as one line of visible characters each and cut where they are very long; nothing in
-    them is followed or run.
+    Texts of the file are shown as one line of visible characters each and cut where they are very
+    long; nothing in them is followed or run.
+
+    Args:
+        concept: the concept.
+        thumbnail: what became of its picture, which takes a host to look at.
     """
     metadata = dict(concept.metadata)
     gate, trained = concept.gate, concept.train_gate

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+# The most bytes of a file and of its header, for formats that need no more.
 FILE_LIMIT = 64 * 2**20
 HEADER_LIMIT = 4 * 2**20
 METADATA_LIMIT = 256
@@ -22,11 +24,23 @@ TEMPORARY = ".tmp"
 
 
 class FileFormatError(ValueError):
-    """A concept file that cannot be used; the message names file, key, expected and found."""
+    """A file of ours that cannot be used; the message names file, key, expected and found."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a file's header says of one tensor; nothing in it was checked but the dtype."""
+
+    dtype: str
+    shape: tuple[object, ...]
 
 
 def refuse(path: Path, key: str, expected: str, found: object) -> NoReturn:
-    """Raise the `FileFormatError` for one key; ``found`` is shortened and escaped."""
+    """Raise the `FileFormatError` for one key; ``found`` is shortened and escaped.
+
+    Raises:
+        FileFormatError: always.
+    """
     shown = found if isinstance(found, str) else repr(found)
     if len(shown) > 120:
         shown = shown[:117] + "..."
@@ -36,20 +50,49 @@ def refuse(path: Path, key: str, expected: str, found: object) -> NoReturn:
 
 
 def read_untrusted(
-    path: Path, dtypes: Sequence[str] = DTYPES
+    path: Path,
+    dtypes: Sequence[str] = DTYPES,
+    limit: int = FILE_LIMIT,
+    check: Callable[[Mapping[str, TensorEntry]], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, nothing of which was trusted before it was checked.
 
-    Sizes, the header and every dtype are checked before any tensor is made; the format's own
-    rules (offsets, overlaps) are those of the safetensors library. Raises `FileFormatError`.
+    Sizes, the header and every dtype are checked before anything else is read, so a hostile file
+    takes no more memory than a good one of its kind; the format's own rules (offsets, overlaps)
+    are those of the safetensors library.
+
+    Args:
+        path: the file.
+        dtypes: names of the dtypes its tensors may have, as safetensors writes them.
+        limit: the most bytes it may have.
+        check: looks at what the header says of the tensors; may `refuse`.
+
+    Returns:
+        Tensors by name, and the metadata.
+
+    Raises:
+        FileFormatError: for every fault, naming the file, the key, what was expected and found.
     """
-    content = _read_bounded(path)
-    header = _parse_header(path, content)
-    metadata = _checked_metadata(path, header.pop("__metadata__", {}))
-    for key, entry in header.items():
-        dtype = entry.get("dtype") if isinstance(entry, dict) else entry
-        if dtype not in dtypes:
-            refuse(path, repr(key), f"one of the dtypes {', '.join(dtypes)}", dtype)
+    # Asked before opening: opening a pipe or a device could wait for ever.
+    if not path.is_file():
+        refuse(path, "file", "a regular file", "a folder or device" if path.exists() else "nothing")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not 8 < size <= limit:
+                refuse(path, "file size", f"9 to at most {limit} bytes", f"{size} bytes")
+            beginning = _read_header(path, file, size)
+            header = _parsed(path, beginning[8:])
+            metadata = _checked_metadata(path, header.pop("__metadata__", {}))
+            entries = _checked_entries(path, header, dtypes)
+            if check is not None:
+                check(entries)
+            # One byte more than there was shows a file that grows while it is read.
+            content = beginning + file.read(size - len(beginning) + 1)
+    except OSError as error:
+        raise FileFormatError(
+            f"{path}: file: expected a readable file, found: {error.strerror}"
+        ) from error
     try:
         tensors = safetensors.torch.load(content)
     except SafetensorError as error:
@@ -101,28 +144,11 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[start:]
 
 
-def _read_bounded(path: Path) -> bytes:
-    # Asked before opening: opening a pipe or a device could wait for ever.
-    if not path.is_file():
-        refuse(path, "file", "a regular file", "a folder or device" if path.exists() else "nothing")
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > FILE_LIMIT:
-                refuse(path, "file size", f"at most {FILE_LIMIT} bytes", f"{size} bytes")
-            content = file.read(FILE_LIMIT + 1)
-    except OSError as error:
-        raise FileFormatError(
-            f"{path}: file: expected a readable file, found: {error.strerror}"
-        ) from error
-    if not 8 < len(content) <= FILE_LIMIT:
-        refuse(path, "file size", f"9 to {FILE_LIMIT} bytes", f"{len(content)} bytes")
-    return content
-
-
-def _parse_header(path: Path, content: bytes) -> dict[str, Any]:
-    length = int.from_bytes(content[:8], "little")
-    limit = min(HEADER_LIMIT, len(content) - 8)
+def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:
+    """The eight bytes that say how long the header is, and the header."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    limit = min(HEADER_LIMIT, size - 8)
     if length > limit:
         refuse(
             path,
@@ -130,8 +156,12 @@ def _parse_header(path: Path, content: bytes) -> dict[str, Any]:
             f"at most {limit} bytes (the file is truncated or not a safetensors file)",
             f"{length} bytes",
         )
+    return start + file.read(length)
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(content[8 : 8 + length])
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(
             f"{path}: header: expected JSON, found {type(error).__name__}; "
@@ -140,6 +170,20 @@ def _parse_header(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         refuse(path, "header", "a JSON object", type(header).__name__)
     return header
+
+
+def _checked_entries(
+    path: Path, header: Mapping[str, Any], dtypes: Sequence[str]
+) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for key, entry in header.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+        if not isinstance(dtype, str) or dtype not in dtypes:
+            refuse(path, repr(key), f"one of the dtypes {', '.join(dtypes)}", dtype)
+        # What is no list here is left for the library to refuse.
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        entries[key] = TensorEntry(dtype, tuple(shape) if isinstance(shape, list) else ())
+    return entries
 
 
 def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:

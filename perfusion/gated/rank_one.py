@@ -6,21 +6,25 @@ dual ``u = C^-1 i`` and target output ``o``::
     s = (u . e) / (i . u)          g = sigmoid((s - bias) / temperature)
     h = W (e - s i) + g o
 
-Several concepts share one subtraction, solved through their Gram matrix ``G_ba = u_b . i_a``.
-``s``, ``g`` and ``e - s i`` depend on neither layer nor step: `gated_inputs` computes them once
-per encoding and every projection then only does `project`.
+Several concepts share one subtraction, solved through their Gram matrix ``G_ba = u_b . i_a``;
+where their strengths differ, by the rule of `strengths`. ``s``, ``g`` and ``e - s i`` depend on
+neither layer nor step: `gated_inputs` computes them once per encoding and every projection then
+only does `project`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..shapes import Encodings, Gates, Outputs, Vector, Weight
 from .gate import Gate
+from .strengths import levels
 
 Part = Literal["k", "v"]
 
@@ -29,18 +33,26 @@ Part = Literal["k", "v"]
 GRAM_RIDGE = 1e-12
 # Smallest eigenvalue of the unit-diagonal Gram matrix; for two concepts it is 1 - cosine.
 PARALLEL_LIMIT = 1e-3
+# Concepts that take part in a dependence less than this, relative to the most, are not named.
+_LEAST_SHARE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
     """What one concept asks of the text encoding, the same for every layer.
 
-    ``i`` and ``u`` have shape (D,). ``name`` appears in messages only. Raises ValueError for
-    shapes that differ.
+    Attributes:
+        i: its target input.
+        u: the dual of i.
+        gate: when the gate opens, and the strength.
+        name: what messages call it.
+
+    Raises:
+        ValueError: for i and u of different shapes.
     """
 
-    i: Tensor
-    u: Tensor
+    i: Vector
+    u: Vector
     gate: Gate
     name: str = "concept"
 
@@ -61,9 +73,14 @@ class Direction:
 class Basis:
     """Several directions combined, ready for the encodings of one device.
 
-    ``inputs`` and ``duals`` (k, D) hold the ``i_a`` and ``u_a / energy_a``; ``mix`` (k, k) turns
-    similarities into subtraction coefficients, ``a_n = s_n mix``; ``bias``, ``temperature`` and
-    ``strength`` have shape (k,).
+    Attributes:
+        inputs: the ``i_a`` (k, D).
+        duals: the ``u_a / energy_a`` (k, D).
+        mix: (k, k), turns similarities into subtraction coefficients, ``a_n = s_n mix``; the
+            strengths are in it.
+        bias: (k,) of the gates.
+        temperature: (k,) of the gates.
+        strength: (k,), what the open gates are multiplied by.
     """
 
     inputs: Tensor
@@ -96,14 +113,17 @@ _BASIS_FIELDS = ("inputs", "duals", "mix", "bias", "temperature", "strength")
 class GatedProjections:
     """Everything the projections of one model need to apply the edit to one batch.
 
-    ``inputs`` x' (B, N, D) and ``gates`` (B, N, k) are computed once; ``keys`` and ``values`` map
-    the name of an attention layer to its outputs (k, d), one row per concept.
+    Attributes:
+        inputs: x', computed once.
+        gates: how far each concept's gate is open at each token, computed once.
+        keys: name of an attention layer -> its outputs, one row per concept.
+        values: the same for the values.
     """
 
-    inputs: Tensor
-    gates: Tensor
-    keys: Mapping[str, Tensor]
-    values: Mapping[str, Tensor]
+    inputs: Encodings
+    gates: Gates
+    keys: Mapping[str, Outputs]
+    values: Mapping[str, Outputs]
 
     def apply(self, linear: Callable[[Tensor], Tensor], layer: str, part: Part) -> Tensor:
         """The edited projection (B, N, d); ``linear`` is the layer's own, unedited forward."""
@@ -117,81 +137,90 @@ def active_directions(directions: Sequence[Direction]) -> list[Direction]:
 
 
 def combine(directions: Sequence[Direction]) -> Basis:
-    """Combine the directions of the active concepts (Perfusion, Appendix B).
+    """Combine the directions of several concepts (Perfusion, Appendix B), in fp64 on the CPU.
 
-    A direction of strength 0 keeps its column but takes no part in the Gram matrix. The solve is
-    done in fp64 on the CPU. Raises ValueError for no directions, differing widths, an energy that
-    is not positive, and (nearly) parallel concepts, which are named.
+    A direction of strength 0 keeps its column but takes no part in the subtraction.
+
+    Raises:
+        ValueError: for no directions, differing widths, an energy that is not positive, and
+            (nearly) parallel concepts; the concepts concerned are named.
     """
     if not directions:
         raise ValueError("expected at least one concept, found none")
-    widths = {direction.i.shape[0] for direction in directions}
-    if len(widths) > 1:
+    if len({direction.i.shape[0] for direction in directions}) > 1:
         found = ", ".join(f"'{d.name}' has {d.i.shape[0]}" for d in directions)
         raise ValueError(
             f"expected concepts of one encoding width, found: {found}; "
             "use only concepts trained for the same model family together"
         )
-    energies = [float(direction.energy) for direction in directions]
-    for direction, energy in zip(directions, energies, strict=True):
+    inputs = torch.stack([_exact(direction.i) for direction in directions])
+    duals = torch.stack([_exact(direction.u) for direction in directions])
+    energies = (inputs * duals).sum(-1)
+    for direction, energy in zip(directions, energies.tolist(), strict=True):
         if not 0 < energy < float("inf"):
             raise ValueError(
                 f"concept '{direction.name}': expected a positive finite energy i.u, found "
                 f"{energy}; its i and u do not belong together, train or load it again"
             )
-    inputs = torch.stack([_exact(d.i) for d in directions])
-    duals = torch.stack([_exact(d.u) / e for d, e in zip(directions, energies, strict=True)])
-    gates = [d.gate for d in directions]
-    return Basis(
-        inputs=inputs,
-        duals=duals,
-        mix=_mix(inputs, duals, directions),
-        bias=torch.tensor([gate.bias for gate in gates], dtype=torch.float64),
-        temperature=torch.tensor([gate.temperature for gate in gates], dtype=torch.float64),
-        strength=torch.tensor([gate.strength for gate in gates], dtype=torch.float64),
-    )
+    duals = duals / energies[:, None]
+    gates = [(d.gate.bias, d.gate.temperature, d.gate.strength) for d in directions]
+    bias, temperature, strength = torch.tensor(gates, dtype=torch.float64).mT.contiguous()
+    mix = _mix(duals @ inputs.mT, directions)
+    return Basis(inputs, duals, mix, bias, temperature, strength)
 
 
-def similarities(encodings: Tensor, directions: Sequence[Direction] | Basis) -> Tensor:
+def similarities(encodings: Encodings, directions: Sequence[Direction] | Basis) -> Gates:
     """``s_n,c`` (..., N, k), 1 where an encoding (..., N, D) is the concept's own ``i``."""
-    wide, basis = _prepare(encodings, directions)
-    return wide @ basis.duals.mT
+    with without_autocast(encodings.device):
+        wide, basis = _prepare(encodings, directions)
+        return wide @ basis.duals.mT
 
 
 def gated_inputs(
-    encodings: Tensor, directions: Sequence[Direction] | Basis
-) -> tuple[Tensor, Tensor]:
+    encodings: Encodings, directions: Sequence[Direction] | Basis
+) -> tuple[Encodings, Gates]:
     """The edited input x' and the gates of every token (method section 1).
 
-    ``encodings`` (..., N, D) -> x' (..., N, D) in the encodings' dtype, and gates (..., N, k)
-    in fp32 (fp64 for fp64 encodings), already multiplied by the strengths. A `Basis` made once
-    by `combine` saves repeating the solve. Concepts of strength 0 change nothing and get gate 0.
-    Raises ValueError as `combine` does, and for encodings of another width.
+    Concepts of strength 0 change nothing and get gate 0.
+
+    Args:
+        encodings: (..., N, D).
+        directions: the concepts, or the `Basis` that `combine` made of them once.
+
+    Returns:
+        x' (..., N, D) in the encodings' dtype, and the gates (..., N, k) in fp32 (fp64 for fp64
+        encodings), already multiplied by the strengths.
+
+    Raises:
+        ValueError: as `combine` does, and for encodings of another width.
     """
     inputs, similarity, basis = edited_inputs(encodings, directions)
     return inputs, open_gates(similarity, basis)
 
 
 def edited_inputs(
-    encodings: Tensor, directions: Sequence[Direction] | Basis
-) -> tuple[Tensor, Tensor, Basis]:
-    """x' (..., N, D) in the encodings' dtype, the similarities (..., N, k), the basis used.
+    encodings: Encodings, directions: Sequence[Direction] | Basis
+) -> tuple[Encodings, Gates, Basis]:
+    """The part of `gated_inputs` that does not change when the gates move.
 
-    The part of `gated_inputs` that does not change when the gates move.
+    Returns:
+        x' (..., N, D) in the encodings' dtype, the similarities (..., N, k), the basis used.
     """
-    wide, basis = _prepare(encodings, directions)
-    similarity = wide @ basis.duals.mT
-    coefficients = (similarity @ basis.mix) * basis.strength
-    return (wide - coefficients @ basis.inputs).to(encodings.dtype), similarity, basis
+    # Autocast would compute in half precision what is in fp32 here on purpose.
+    with without_autocast(encodings.device):
+        wide, basis = _prepare(encodings, directions)
+        similarity = wide @ basis.duals.mT
+        removed = (similarity @ basis.mix) @ basis.inputs
+        return (wide - removed).to(encodings.dtype), similarity, basis
 
 
-def open_gates(similarity: Tensor, basis: Basis) -> Tensor:
+def open_gates(similarity: Gates, basis: Basis) -> Gates:
     """``g w`` (..., N, k) of similarities (..., N, k): the gates times the strengths."""
     return torch.sigmoid((similarity - basis.bias) / basis.temperature) * basis.strength
 
 
 def project(
-    linear: Callable[[Tensor], Tensor], inputs: Tensor, gates: Tensor, outputs: Tensor
+    linear: Callable[[Tensor], Tensor], inputs: Encodings, gates: Gates, outputs: Outputs
 ) -> Tensor:
     """``W x' + sum_c g_c o_c``: the layer's own forward and one rank-k update.
 
@@ -202,11 +231,14 @@ def project(
 
 
 def edit_projection(
-    weight: Tensor, encodings: Tensor, directions: Sequence[Direction], outputs: Tensor
+    weight: Weight, encodings: Encodings, directions: Sequence[Direction], outputs: Outputs
 ) -> Tensor:
-    """Eq. 3 as a pure function: weight (d, D), encodings (..., N, D), outputs (k, d).
+    """Eq. 3 as a pure function: encodings (..., N, D) -> (..., N, d).
 
-    Returns (..., N, d). With every strength 0 it is exactly ``encodings @ weight.T``.
+    With every strength 0 it is exactly ``encodings @ weight.T``.
+
+    Raises:
+        ValueError: as `gated_inputs` does, and for outputs that do not fit.
     """
     if outputs.shape != (len(directions), weight.shape[0]):
         raise ValueError(
@@ -218,6 +250,13 @@ def edit_projection(
         return torch.nn.functional.linear(encodings, weight)
     inputs, gates = gated_inputs(encodings, active_directions(directions))
     return project(lambda x: torch.nn.functional.linear(x, weight), inputs, gates, outputs[rows])
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which sums keep the dtype of their tensors, inside of autocast too."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -236,37 +275,40 @@ def _prepare(encodings: Tensor, directions: Sequence[Direction] | Basis) -> tupl
     return encodings.to(dtype), basis.to(encodings.device, dtype)
 
 
-def _mix(inputs: Tensor, duals: Tensor, directions: Sequence[Direction]) -> Tensor:
-    """``(G^-1)^T`` for the unit-diagonal Gram matrix of the active concepts, 0 elsewhere."""
-    rows = [row for row, direction in enumerate(directions) if direction.gate.strength != 0]
-    mix = torch.zeros(len(directions), len(directions), dtype=torch.float64)
-    if not rows:
-        return mix
-    gram = duals[rows] @ inputs[rows].mT  # G_ba / energy_b, so that the diagonal is 1
-    _refuse_parallel(gram, [directions[row] for row in rows])
-    identity = torch.eye(len(rows), dtype=torch.float64)
-    inverse = torch.linalg.solve(gram + GRAM_RIDGE * identity, identity)
-    selected = torch.tensor(rows)
-    mix[selected[:, None], selected] = inverse.mT
+def _mix(gram: Tensor, directions: Sequence[Direction]) -> Tensor:
+    """The subtraction of every level, ``(G^-1)^T`` of its concepts, summed (`strengths`).
+
+    ``gram`` (k, k) is ``G_ba / energy_b``, so that its diagonal is 1.
+    """
+    mix = torch.zeros_like(gram)
+    for part, rows in levels([direction.gate.strength for direction in directions]):
+        chosen = torch.tensor(rows)
+        among = gram[chosen[:, None], chosen]
+        _refuse_parallel(among, [directions[row].name for row in rows])
+        identity = torch.eye(len(rows), dtype=gram.dtype)
+        inverse = torch.linalg.solve(among + GRAM_RIDGE * identity, identity)
+        mix[chosen[:, None], chosen] += part * inverse.mT
     return mix
 
 
-def _refuse_parallel(gram: Tensor, directions: Sequence[Direction]) -> None:
+def _refuse_parallel(gram: Tensor, names: Sequence[str]) -> None:
+    if len(names) == 1:
+        return
     # Eigenvalues do not change when a concept's i and u are rescaled, unlike singular values.
     values, vectors = torch.linalg.eig(gram.detach())
-    least = int(values.abs().argmin())
-    if float(values[least].abs()) >= PARALLEL_LIMIT:
+    small = values.abs() < PARALLEL_LIMIT
+    if not bool(small.any()):
         return
-    lengths = torch.stack([_exact(direction.i.detach()).norm() for direction in directions])
-    weights = vectors[:, least].abs() * lengths
-    named = [
-        f"'{direction.name}'"
-        for direction, weight in zip(directions, weights / weights.max(), strict=True)
-        if weight > 0.1
-    ]
+    # The projector onto all that is dependent: its diagonal says how much each concept takes part,
+    # whatever their lengths and whichever of several eigenvectors were found.
+    projector = vectors[:, small] @ torch.linalg.pinv(vectors)[small]
+    shares = projector.diagonal().abs()
+    count = max(2, int((shares > _LEAST_SHARE * shares.max()).sum()))
+    involved = sorted(shares.argsort(descending=True, stable=True)[:count].tolist())
+    named = " and ".join(f"'{names[row]}'" for row in involved)
     raise ValueError(
-        f"the concepts {' and '.join(named)} are (nearly) parallel: expected text encodings the "
-        f"model can tell apart, found a Gram eigenvalue of {float(values[least].abs()):.2g} "
+        f"the concepts {named} are (nearly) parallel: expected text encodings the "
+        f"model can tell apart, found a Gram eigenvalue of {float(values.abs().min()):.2g} "
         f"(at least {PARALLEL_LIMIT:g} is needed); leave one out, or train one of them again "
         "from another superclass"
     )

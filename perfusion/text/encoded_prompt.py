@@ -19,6 +19,9 @@ class EncodedPrompt:
         first: position of the first word (1 behind a start token, else 0).
         end: position of the end token; padding follows.
         encodings: (N, D).
+
+    Raises:
+        ValueError: for pieces or encodings of another number, and for positions out of order.
     """
 
     text: str
@@ -56,7 +59,11 @@ EncodePrompts = Callable[[Sequence[str]], list[EncodedPrompt]]
 
 
 def check_prompt(role: str, text: str) -> str:
-    """The prompt without outer spaces. Raises ValueError naming its role when nothing is left."""
+    """The prompt without outer spaces.
+
+    Raises:
+        ValueError: naming its role when nothing is left.
+    """
     stripped = text.strip()
     if not stripped:
         raise ValueError(f"the {role} is empty: write a word or a phrase")
@@ -67,8 +74,10 @@ def match_in_order(source: EncodedPrompt, destination: EncodedPrompt) -> list[in
     """For every position of the source, its position in the destination.
 
     Words are looked for from left to right, each behind the one before it; start, end and padding
-    answer to start, end and padding (TIME, section 4). Raises ValueError naming the first word of
-    the source that the destination lacks.
+    answer to start, end and padding (TIME, section 4).
+
+    Raises:
+        ValueError: naming the first word of the source that the destination lacks.
     """
     found: list[int] = list(range(source.first))
     at = destination.first
@@ -113,21 +122,17 @@ def find_phrases(
 ) -> tuple[slice, slice]:
     """Where two prompts differ: the phrase in one, its replacement in the other.
 
-    Both prompts must otherwise be token for token the same. Raises ValueError when there is no such
-    place.
+    Raises:
+        ValueError: when there is no such place, or the prompts are not otherwise token for token
+            the same.
     """
     words, others = prompt.words, other.words
-    for at in range(len(words) - len(phrase) + 1):
-        stop, other_stop = at + len(phrase), at + len(replacement)
-        if (
-            words[at:stop] == tuple(phrase)
-            and others[at:other_stop] == tuple(replacement)
-            and words[:at] == others[:at]
-            and words[stop:] == others[other_stop:]
-        ):
+    for at in starts_of(words, phrase):
+        rest = words[at + len(phrase) :]
+        if others == (*words[:at], *replacement, *rest):
             return (
-                slice(prompt.first + at, prompt.first + stop),
-                slice(other.first + at, other.first + other_stop),
+                slice(prompt.first + at, prompt.first + at + len(phrase)),
+                slice(other.first + at, other.first + at + len(replacement)),
             )
     raise ValueError(
         f"the prompts {prompt.text!r} and {other.text!r} differ in more than one phrase; put the "
@@ -135,7 +140,12 @@ def find_phrases(
     )
 
 
-def contains(words: Sequence[int], phrase: Sequence[int]) -> bool:
+def contains(row: Sequence[int], phrase: Sequence[int]) -> bool:
     """Whether a phrase's tokens stand somewhere in a row."""
-    count = len(phrase)
-    return any(tuple(words[at : at + count]) == tuple(phrase) for at in range(len(words)))
+    return bool(starts_of(row, phrase))
+
+
+def starts_of(row: Sequence[object], phrase: Sequence[object]) -> list[int]:
+    """Every position in a row of tokens at which a phrase's tokens begin."""
+    count, wanted = len(phrase), list(phrase)
+    return [at for at in range(len(row) - count + 1) if list(row[at : at + count]) == wanted]

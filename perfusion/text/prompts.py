@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from .words import word_pattern
 
 TEMPLATES: tuple[str, ...] = (
     "a {}",
@@ -25,42 +28,49 @@ TEMPLATES: tuple[str, ...] = (
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise ValueError unless every template has exactly one ``{}`` and no other brace."""
+    """Check that there are templates, each with one place for the concept.
+
+    Raises:
+        ValueError: for none, and naming the first one without exactly one ``{}``.
+    """
     if not templates:
         raise ValueError("expected at least one prompt template, found none")
-    for template in templates:
-        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
-            raise ValueError(
-                f"expected a prompt template with exactly one {{}} for the concept, "
-                f"found {template!r}"
-            )
+    check_places("template", templates)
 
 
-def check_captions(captions: Sequence[str]) -> None:
-    """Raise ValueError unless every caption has exactly one ``{}`` and no other brace."""
-    for number, caption in enumerate(captions, 1):
-        if caption.count("{}") != 1 or caption.count("{") != 1 or caption.count("}") != 1:
+def check_places(kind: str, sentences: Sequence[str]) -> None:
+    """Check that every sentence has one place for the concept.
+
+    Raises:
+        ValueError: naming the first one without exactly one ``{}``, or with another brace.
+    """
+    for number, sentence in enumerate(sentences, 1):
+        if [sentence.count(found) for found in ("{}", "{", "}")] != [1, 1, 1]:
             raise ValueError(
-                f"expected one {{}} in caption {number}, where the concept stands, and no other "
-                f"brace, found {caption!r}"
+                f"expected exactly one {{}} in {kind} {number}, where the concept stands, and no "
+                f"other brace, found {sentence!r}"
             )
 
 
 def captions_for(captions: Sequence[str], placeholder: str) -> tuple[str, ...]:
     """A user's captions, each with the placeholder (or ``{}``) in it, with ``{}`` in its place.
 
-    Raises ValueError naming a caption without the placeholder, or with it more than once.
+    The placeholder is found as a whole word, whatever its case, as prompts are read.
+
+    Raises:
+        ValueError: naming a caption without the placeholder, or with it more than once.
     """
+    pattern = re.compile(word_pattern(placeholder), re.IGNORECASE)
     found = []
     for number, caption in enumerate(captions, 1):
-        text = " ".join(caption.split()).replace(placeholder, "{}")
+        text = pattern.sub("{}", " ".join(caption.split()))
         if text.count("{}") != 1:
             raise ValueError(
                 f"caption {number}: expected the placeholder {placeholder} once, found it "
                 f"{text.count('{}')} times in {caption!r}; write it where the thing is named"
             )
         found.append(text)
-    check_captions(found)
+    check_places("caption", found)
     return tuple(found)
 
 

@@ -11,8 +11,19 @@ FORBIDDEN_IN_WORDS = "/\\:(){}[],;|\"'*?`"
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", re.ASCII)
 
 
+def word_pattern(word: str) -> str:
+    """A regular expression for a word where it stands by itself, not inside of another."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w$", word) else ""
+    return f"{before}{re.escape(word)}{after}"
+
+
 def check_identifier(key: str, text: str) -> None:
-    """Raise ValueError unless ``text`` is a plain dotted name (module path, family, encoder)."""
+    """Check that ``text`` is a plain dotted name (module path, family, encoder).
+
+    Raises:
+        ValueError: naming ``key`` when it is not.
+    """
     if not _IDENTIFIER.fullmatch(text) or ".." in text:
         raise ValueError(
             f"{key}: expected a name of letters, digits, '_', '-' and single '.', "
@@ -21,14 +32,22 @@ def check_identifier(key: str, text: str) -> None:
 
 
 def check_word(key: str, text: str) -> None:
-    """Raise ValueError unless ``text`` is one visible word that no prompt syntax takes apart."""
+    """Check that ``text`` is one visible word that no prompt syntax takes apart.
+
+    Raises:
+        ValueError: naming ``key`` when it is not.
+    """
     if any(character.isspace() for character in text):
         raise ValueError(f"{key}: expected one word without spaces, found {text[:TEXT_LIMIT]!r}")
     check_phrase(key, text)
 
 
 def check_phrase(key: str, text: str) -> None:
-    """Raise ValueError unless ``text`` is one or more visible words, 1 to 128 characters."""
+    """Check that ``text`` is one or more visible words, 1 to 128 characters.
+
+    Raises:
+        ValueError: naming ``key`` when it is not.
+    """
     if not 0 < len(text) <= TEXT_LIMIT or text != text.strip() or not text.strip("."):
         raise ValueError(
             f"{key}: expected 1 to {TEXT_LIMIT} characters without outer spaces, "

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from ..gated.gate import Gate
-from ..text.prompts import TEMPLATES, check_captions, check_templates
+from ..text.prompts import TEMPLATES, check_places, check_templates
 from ..text.words import check_phrase, check_word
 from .losses import Normalisation
 
@@ -62,7 +62,7 @@ class TrainingConfig:
                 f"{self.placeholder!r}"
             )
         check_templates(self.templates)
-        check_captions(self.captions)
+        check_places("caption", self.captions)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")

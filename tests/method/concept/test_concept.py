@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfusion.concept.concept import Concept
 from perfusion.concept.concept_file import load_concept, save_concept
 from perfusion.gated.gate import Gate
+from perfusion.gated.gate_schedule import GateSchedule
 from perfusion.gated.rank_one import Direction, similarities
 
 resource = pytest.importorskip("resource") if sys.platform != "win32" else None
@@ -231,3 +233,27 @@ def test_ordinary_placeholders_are_accepted(small_concept, word, tmp_path):
 
 def test_a_superclass_of_several_words_is_accepted(small_concept):
     assert replace(small_concept, superclass="bird bath").superclass == "bird bath"
+
+
+class NoTensors(TorchDispatchMode):
+    """Within this context nothing may be computed."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called")
+
+
+def test_another_gate_schedule_or_text_looks_at_no_vector_again(small_concept):
+    with NoTensors():
+        gated = small_concept.with_gate(bias=0.5, strength=0.3)
+        scheduled = gated.with_schedule(GateSchedule(0, 1, (0.5, 0.5), (0.1, 0.1)))
+        said = scheduled.with_metadata({"note": "mine"})
+    assert said.gate == Gate(0.5, small_concept.gate.temperature, 0.3)
+    assert said.schedule is scheduled.schedule is not None
+    assert said.metadata["note"] == "mine"
+    assert "note" not in small_concept.metadata
+    assert said.o_v is small_concept.o_v
+    assert said.energy == small_concept.energy
+    with pytest.raises(ValueError, match="temperature"):
+        small_concept.with_gate(temperature=0)
+    with pytest.raises(ValueError, match="data:image/"):
+        small_concept.with_metadata({"modelspec.thumbnail": "javascript:alert(1)"})

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+
 import pytest
 import safetensors.torch
 import torch
 
-from perfusion import Covariance, FileFormatError, load_covariance, save_covariance
+from perfusion.files.safe_file import FILE_LIMIT, FileFormatError
+from perfusion.gated.covariance import Covariance
+from perfusion.gated.covariance_file import WIDTH_LIMIT, load_covariance, save_covariance
 
 
 def covariance():
@@ -51,4 +56,61 @@ def test_a_bad_file_is_refused_by_name(tmp_path, tensors, metadata, message):
     path = tmp_path / "bad.safetensors"
     safetensors.torch.save_file(tensors, path, {**GOOD, **metadata})
     with pytest.raises(FileFormatError, match=rf"bad\.safetensors.*{message}"):
+        load_covariance(path)
+
+
+def test_a_covariance_wider_than_any_concept_file_is_large_comes_back(tmp_path):
+    """Width 3,000 takes 72 MB in fp64; a concept's file may have 64."""
+    path = tmp_path / "wide.safetensors"
+    wide = Covariance(torch.eye(3000, dtype=torch.float64), 9, 3, "all", "abc")
+    save_covariance(wide, path)
+    assert path.stat().st_size > FILE_LIMIT
+    assert torch.equal(load_covariance(path).matrix, wide.matrix)
+
+
+def test_t5_has_room_and_what_could_not_be_read_again_is_not_written(tmp_path):
+    assert WIDTH_LIMIT >= 2 * 4096
+    # One number seen as many: no memory is taken for a matrix nobody may write.
+    size = WIDTH_LIMIT + 1
+    huge = object.__new__(Covariance)
+    object.__setattr__(huge, "matrix", torch.ones(1, 1, dtype=torch.float64).expand(size, size))
+    with pytest.raises(ValueError, match=rf"up to {WIDTH_LIMIT}, found {size}"):
+        save_covariance(huge, tmp_path / "huge.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("covariance", [6000, 6001], "a square matrix up to 8192 wide, found"),
+        ("covariance", [9000, 9000], "a square matrix up to 8192 wide, found"),
+        ("covariance", [36_000_000], "a square matrix up to 8192 wide, found"),
+        ("covariance", [True, True], "a square matrix up to 8192 wide, found"),
+        ("covariance", "many", "a square matrix up to 8192 wide, found"),
+        ("payload", [6000, 6000], "expected covariance, found payload"),
+        ("covariance", [3, 3], "content: expected a valid safetensors file"),
+    ],
+)
+def test_a_hostile_file_takes_no_memory_before_it_is_refused(tmp_path, name, shape, message):
+    """As large as a covariance may be, on paper: a sparse file takes no room on the disk."""
+    path = tmp_path / "hostile.safetensors"
+    data = 6000 * 6000 * 8 if shape != [3, 3] else 72 + 8
+    entry = {"dtype": "F64", "shape": shape, "data_offsets": [0, data]}
+    header = json.dumps({name: entry, "__metadata__": GOOD}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + data)
+    tracemalloc.start()
+    with pytest.raises(FileFormatError, match=message):
+        load_covariance(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**20
+
+
+def test_a_file_larger_than_the_widest_covariance_is_refused_by_its_size(tmp_path):
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.truncate(8 * WIDTH_LIMIT**2 * 4)
+    with pytest.raises(FileFormatError, match="file size"):
         load_covariance(path)

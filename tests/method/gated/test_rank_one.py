@@ -303,3 +303,16 @@ def test_gradients_agree_with_finite_differences_in_fp64(random):
         return project(lambda x: functional.linear(x, weight), inputs, gates, o)
 
     assert torch.autograd.gradcheck(edited, (encodings, outputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_make_the_similarities_coarser(dtype, random):
+    metric, inputs = covariance(random), normal(random, 2, WIDTH)
+    directions = directions_for(metric, inputs)
+    encodings = normal(random, 3, 7, WIDTH).to(dtype)
+    outside = *gated_inputs(encodings, directions), similarities(encodings, directions)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = *gated_inputs(encodings, directions), similarities(encodings, directions)
+    for found, expected in zip(inside, outside, strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)

@@ -264,7 +264,7 @@ def test_memory_that_does_not_suffice_for_one_row_is_an_error_with_nothing_lost(
         ({"placeholder": "cat"}, "placeholder: expected another word than the superclass"),
         ({"superclass": " "}, "superclass: expected 1 to 128"),
         ({"templates": ()}, "at least one prompt template"),
-        ({"templates": ("a cat",)}, "exactly one {} for the concept, found 'a cat'"),
+        ({"templates": ("a cat",)}, "exactly one {} in template 1, .*found 'a cat'"),
         ({"templates": ("{} and {}",)}, "exactly one {}"),
         ({"templates": ("a {0} {}",)}, "exactly one {}"),
         ({"captions": ("a {}", "a cat")}, "one {} in caption 2"),
