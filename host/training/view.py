@@ -234,7 +234,7 @@ class TrainingView:
         found = self._text.encode(batch)
         # What the projections will read at inference is what the gate must be trained on.
         encodings = found.encodings.to(self._device, self._dtype)
-        return Conditioning(encodings, mask[:, : encodings.shape[1]].to(self._device), found.pooled)
+        return Conditioning(encodings, mask[:, : encodings.shape[1]], found.pooled)
 
 
 class _Current:
