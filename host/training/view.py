@@ -31,6 +31,7 @@ from .private_copy import (
     training_dtype,
     unload,
 )
+from .repeatable import repeatable
 
 _OWNER = 0
 
@@ -62,7 +63,7 @@ def training_view(
     # The user's own models are handled in the caller's mode, in which their weights were made.
     for patcher in (clip.patcher, model):
         unload(patcher)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), repeatable(model.load_device):
         try:
             own_clip = private_clip(clip)
             private.append(own_clip.patcher)
