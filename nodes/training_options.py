@@ -7,7 +7,8 @@ from typing import get_args
 from comfy_api.latest import io
 
 from ..host.pictures.training_images import ImageOptions
-from ..host.training.options import SAMPLE_PROMPTS, Resume, TrainingOptions, lines_of
+from ..host.text.lines import lines_of
+from ..host.training.options import SAMPLE_PROMPTS, Resume, TrainingOptions
 from ..host.training.private_copy import Precision
 from ..perfusion.text.prompts import TEMPLATES
 from ..perfusion.training.config import RateSchedule

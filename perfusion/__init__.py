@@ -49,19 +49,11 @@ from .modules.projections import (
     merge_rank1_edit_modules,
 )
 from .text.encoded_prompt import EncodedPrompt
-from .training.run import (
-    Batch,
-    Conditioning,
-    Denoiser,
-    Progress,
-    TrainingCallbacks,
-    TrainingConfig,
-    TrainingResult,
-    TrainingState,
-    train_concept,
-    training_fingerprint,
-)
-from .training.state import load_state, save_state
+from .training.config import TrainingConfig
+from .training.denoiser import Batch, Conditioning, Denoiser
+from .training.results import Progress, TrainingCallbacks, TrainingResult
+from .training.run import train_concept, training_fingerprint
+from .training.state import TrainingState, load_state, save_state
 
 __all__ = [
     "Basis",

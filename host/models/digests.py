@@ -21,16 +21,25 @@ def weights_digest(patcher: Any, more: str = "") -> str:
     which a text encoder was trained beside pictures, where there may be anything.
     """
     content = hashlib.sha256(more.encode())
-    for key, (weight, *patches) in sorted(patcher.get_key_patches().items()):
+    # Not the patcher's own `get_key_patches`: it looks for every key among a module's attributes,
+    # where the scales of quantised weights are not.
+    for key, weight in sorted(patcher.model_state_dict().items()):
         if key.endswith(_MAY_BE_UNFILLED):
             continue
         content.update(key.encode())
-        _hash_values(content, weight[0])
-        for strength, patch, *_ in patches:
+        _hash_values(content, _unpatched(patcher, key, weight))
+        for strength, patch, *_ in patcher.patches.get(key, ()):
             content.update(f"{strength} {type(patch).__name__}".encode())
             for value in getattr(patch, "weights", ()):
                 _hash_values(content, value)
     return content.hexdigest()[:16]
+
+
+def _unpatched(patcher: Any, key: str, weight: Tensor) -> Tensor:
+    """A weight as it is without patches, which are part of it while they are loaded."""
+    if key in patcher.hook_backup:
+        return patcher.hook_backup[key][0]
+    return patcher.backup[key].weight if key in patcher.backup else weight
 
 
 def _hash_values(content: Any, value: Any) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal
 
-from ...perfusion.text.prompts import TEMPLATES
-from ...perfusion.training.config import RateSchedule, TrainingConfig
-from ...perfusion.training.losses import Normalisation
+from ...perfusion.training.config import RateSchedule, TrainingSettings, check_choices
 from ..pictures.training_images import ImageOptions
+from ..text.lines import lines_of
 from .private_copy import Precision
 
 Resume = Literal["unfinished", "always", "never"]
@@ -18,53 +17,40 @@ Resume = Literal["unfinished", "always", "never"]
 SAMPLE_PROMPTS = ("a photo of a {}", "a photo of a {} on the beach")
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Checked when made; the defaults are what training does without any.
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(TrainingSettings):
+    """Settings of a training and of how it goes on here; the defaults are what it does without.
 
     Attributes:
         precision: what the model computes in (`private_copy.training_dtype`).
         gradient_checkpointing: less memory for more time.
-        rows_at_once: pictures computed together, 0 for all of a batch.
-        sample_every: steps between two samples, 0 for none; `sample_prompts` hold ``{}`` or the
-            placeholder, `sample_steps`, `sample_cfg` and `sample_seed` are a KSampler's.
-        checkpoint_every: steps between two checkpoints on disk, 0 for none but at an interrupt.
+        sample_prompts: what is drawn, with ``{}`` or the placeholder.
+        sample_steps: a KSampler's steps.
+        sample_cfg: a KSampler's cfg.
+        sample_seed: a KSampler's seed.
         resume: "unfinished" goes on with a run that was cut off, "always" also with a finished
             one that is made longer (with a constant schedule), "never" starts anew.
-        background, normalisation: how masks weigh (`losses.image_losses`).
         images: how pictures are brought to size and varied; its seed is the training's.
-        schedule, bias, temperature, ema, templates: see `TrainingConfig`.
+
+    Raises:
+        ValueError: naming the setting that cannot be.
     """
 
+    schedule: RateSchedule = "cosine"
+    checkpoint_every: int = 50
+    sample_every: int = 100
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
-    rows_at_once: int = 0
-    sample_every: int = 100
     sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
     sample_steps: int = 20
     sample_cfg: float = 5.0
     sample_seed: int = 0
-    checkpoint_every: int = 50
     resume: Resume = "unfinished"
-    background: float = 0.0
-    normalisation: Normalisation = "subject"
     images: ImageOptions = field(default_factory=ImageOptions)
-    schedule: RateSchedule = "cosine"
-    bias: float = TrainingConfig.bias
-    temperature: float = TrainingConfig.temperature
-    ema: float = TrainingConfig.ema
-    templates: tuple[str, ...] = TEMPLATES
 
     def __post_init__(self) -> None:
-        # Its own checks cover most of the fields.
-        self.applied_to(TrainingConfig("<thing>", "thing"))
-        choices_of = {"precision": Precision, "resume": Resume}
-        for name, kind in choices_of.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(get_args(kind))}, "
-                    f"found {getattr(self, name)!r}"
-                )
+        super().__post_init__()
+        check_choices(self, precision=Precision, resume=Resume)
         if self.sample_steps < 1:
             raise ValueError(f"sample_steps: expected at least 1, found {self.sample_steps}")
         if self.sample_every and not self.sample_prompts:
@@ -72,22 +58,6 @@ class TrainingOptions:
                 "sample_prompts: expected at least one with samples every "
                 f"{self.sample_every} steps, found none; set sample_every to 0 for no samples"
             )
-
-    def applied_to(self, config: TrainingConfig) -> TrainingConfig:
-        """The same run with these settings."""
-        return replace(
-            config,
-            rows_at_once=self.rows_at_once,
-            sample_every=self.sample_every,
-            checkpoint_every=self.checkpoint_every,
-            background=self.background,
-            normalisation=self.normalisation,
-            schedule=self.schedule,
-            bias=self.bias,
-            temperature=self.temperature,
-            ema=self.ema,
-            templates=self.templates,
-        )
 
     def prompts_for(self, placeholder: str) -> tuple[str, ...]:
         """The sample prompts with the placeholder in them; none when there are no samples.
@@ -110,11 +80,6 @@ class TrainingOptions:
                     f"named, found {prompt!r}"
                 )
         return found
-
-
-def lines_of(text: str) -> tuple[str, ...]:
-    """The lines of a text that are not empty."""
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def captions_of(texts: Sequence[str], count: int) -> tuple[str, ...]:

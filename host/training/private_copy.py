@@ -42,16 +42,28 @@ def private_patcher(patcher: Any) -> Any:
                 "--disable-dynamic-vram"
             )
         private = patcher.clone(disable_dynamic=True, force_deepcopy=True)
+    elif patcher.cached_patcher_init is not None and not stored_plainly(patcher.model):
+        # Quantised weights are wrappers without a storage to copy; their loader reads them again.
+        private = patcher.clone(force_deepcopy=True)
     else:
-        # Configurations answer None for every attribute they lack, which deepcopy mistakes for
-        # its hooks; nothing writes to them, so they are shared.
-        config = getattr(patcher.model, "model_config", None)
-        model = copy.deepcopy(patcher.model, {id(config): config})
-        private = patcher.clone(model_override=(model, ({}, {}, {}, set())))
+        private = patcher.clone(model_override=(_copied(patcher.model), ({}, {}, {}, set())))
     private.is_injected = False
     set_injection(private, None)
     private.model.requires_grad_(False)
     return private
+
+
+def _copied(model: torch.nn.Module) -> torch.nn.Module:
+    """A model with weights of its own, quantised ones too."""
+    # Configurations answer None for every attribute they lack, which deepcopy mistakes for
+    # its hooks; nothing writes to them, so they are shared.
+    config = getattr(model, "model_config", None)
+    known: dict[int, object] = {id(config): config}
+    for weight in model.parameters():
+        if not _is_plain(weight):
+            own = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            known[id(weight)] = own
+    return copy.deepcopy(model, known)
 
 
 def private_clip(clip: Any) -> Any:
@@ -120,7 +132,9 @@ def compute_in(patcher: Any, dtype: torch.dtype) -> None:
 
 def stored_plainly(module: torch.nn.Module) -> bool:
     """Whether all weights are ordinary tensors of 16 bits or more."""
-    return all(
-        type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in _PLAIN
-        for weight in module.parameters()
-    )
+    return all(_is_plain(weight) and weight.dtype in _PLAIN for weight in module.parameters())
+
+
+def _is_plain(weight: Tensor) -> bool:
+    # A parameter made of a tensor of another class is of that class.
+    return type(weight) in (Tensor, torch.nn.Parameter)

@@ -13,7 +13,7 @@ import torch
 from ...perfusion.concept.concept import Concept
 from ...perfusion.concept.concept_file import load_concept, save_concept
 from ...perfusion.files.safe_file import TEMPORARY, FileFormatError, replace_file
-from ...perfusion.training.run import TrainingResult
+from ...perfusion.training.results import TrainingResult
 from ...perfusion.training.state import TrainingState, load_state, save_state
 from ..files.concept_files import FOLDER
 from ..files.numbered_files import EXTENSION

@@ -14,13 +14,8 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.covariance import Covariance
 from ...perfusion.training.config import TrainingConfig
-from ...perfusion.training.run import (
-    Progress,
-    TrainingCallbacks,
-    TrainingResult,
-    train_concept,
-    training_fingerprint,
-)
+from ...perfusion.training.results import Progress, TrainingCallbacks, TrainingResult
+from ...perfusion.training.run import train_concept, training_fingerprint
 from .messages import tell
 from .options import TrainingOptions
 from .runs import Run

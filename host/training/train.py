@@ -14,7 +14,7 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.covariance import Covariance, Positions
 from ...perfusion.training.config import TrainingConfig
-from ...perfusion.training.run import TrainingResult
+from ...perfusion.training.results import TrainingResult
 from ..files.concept_files import signed
 from ..pictures.image_rows import training_rows
 from ..pictures.training_images import TrainingImages, encode_images
@@ -79,7 +79,7 @@ def train(
         MemoryError: when memory does not suffice for one picture at a time.
     """
     options = options or TrainingOptions()
-    config = options.applied_to(config)
+    config = config.with_settings(options)
     words = config.superclass, config.placeholder
     # Measuring and encoding take a while: what is wrong is said before.
     check_training(model, clip, *words)

@@ -31,6 +31,7 @@ from .private_copy import (
     training_dtype,
     unload,
 )
+from .repeatable import repeatable
 
 _OWNER = 0
 
@@ -62,7 +63,7 @@ def training_view(
     # The user's own models are handled in the caller's mode, in which their weights were made.
     for patcher in (clip.patcher, model):
         unload(patcher)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), repeatable(model.load_device):
         try:
             own_clip = private_clip(clip)
             private.append(own_clip.patcher)
@@ -234,7 +235,7 @@ class TrainingView:
         found = self._text.encode(batch)
         # What the projections will read at inference is what the gate must be trained on.
         encodings = found.encodings.to(self._device, self._dtype)
-        return Conditioning(encodings, mask[:, : encodings.shape[1]].to(self._device), found.pooled)
+        return Conditioning(encodings, mask[:, : encodings.shape[1]], found.pooled)
 
 
 class _Current:

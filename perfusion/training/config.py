@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
-from ..gated.gate import Gate
+from ..gated.gate import TRAINING_GATE, Gate
 from ..text.prompts import TEMPLATES, check_places, check_templates
 from ..text.words import check_phrase, check_word
 from .losses import Normalisation
@@ -15,22 +15,73 @@ Mode = Literal["perfusion", "textual_inversion", "trained_keys"]
 RateSchedule = Literal["constant", "cosine"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Settings of a training that have nothing to do with what it learns. Defaults: the paper's.
+
+    Attributes:
+        bias: beta of the gate during training.
+        temperature: tau of the gate during training.
+        ema: decay of the target input i per step, 0 to 1.
+        background: the least weight a masked pixel keeps, 0 to 1.
+        normalisation: what a masked loss is divided by (`losses.image_losses`).
+        schedule: the learning rates over the steps.
+        templates: sentences to train with, each with one ``{}``.
+        rows_at_once: the most rows computed together, 0 for all. This and the next two do not
+            change what is learned, but for rounding.
+        checkpoint_every: steps between two checkpoints, 0 for none.
+        sample_every: steps between two samples, 0 for none.
+
+    Raises:
+        ValueError: naming the setting that cannot be.
+    """
+
+    bias: float = TRAINING_GATE.bias
+    temperature: float = TRAINING_GATE.temperature
+    ema: float = 0.99
+    background: float = 0.0
+    normalisation: Normalisation = "subject"
+    schedule: RateSchedule = "constant"
+    templates: tuple[str, ...] = TEMPLATES
+    rows_at_once: int = 0
+    checkpoint_every: int = 0
+    sample_every: int = 0
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates)
+        for name in CADENCE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("ema", "background"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, found {getattr(self, name)}")
+        self.gate  # noqa: B018 - its own checks
+        check_choices(self, schedule=RateSchedule, normalisation=Normalisation)
+
+    @property
+    def gate(self) -> Gate:
+        """The gate during training."""
+        return Gate(self.bias, self.temperature)
+
+
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Settings of one training run, checked when made. Defaults are the paper's.
+class TrainingConfig(TrainingSettings):
+    """One training run, checked when made.
 
-    ``placeholder`` and ``superclass`` fill the ``{}`` of ``templates``. ``learning_rate`` is for
-    the outputs, ``embedding_learning_rate`` for the token vectors. ``bias`` and ``temperature``
-    are the gate during training, ``ema`` the decay of the target input i per step.
-    ``captions``, one for each image and each with a ``{}``, take the place of ``templates``.
-    ``background`` (0 to 1) is the least weight a masked pixel keeps, ``normalisation`` what a
-    masked loss is divided by (see `losses.image_losses`). ``mode``: "perfusion", "trained_keys"
-    (the paper's ablation) or "textual_inversion" (token vectors only, no edit; its concept has
-    strength 0).
+    Attributes:
+        placeholder: fills the ``{}`` of templates and captions, and is learned.
+        superclass: the everyday word for the thing, where it starts.
+        steps: how many.
+        batch_size: B, rows in a step.
+        learning_rate: of the outputs.
+        embedding_learning_rate: of the token vectors.
+        seed: decides all that is random, 0 to 2^64 - 1.
+        mode: "perfusion", "trained_keys" (the paper's ablation) or "textual_inversion" (token
+            vectors only, no edit; its concept has strength 0).
+        captions: one for each image, each with a ``{}``; they take the place of the templates.
 
-    The last three do not change what is learned, but for rounding: ``rows_at_once`` is the most
-    rows computed together (0: all), ``checkpoint_every`` and ``sample_every`` the steps between
-    two of those (0: none).
+    Raises:
+        ValueError: naming the setting that cannot be.
     """
 
     placeholder: str
@@ -39,21 +90,12 @@ class TrainingConfig:
     batch_size: int = 16
     learning_rate: float = 0.03
     embedding_learning_rate: float = 0.006
-    bias: float = 0.75
-    temperature: float = 0.1
-    ema: float = 0.99
-    background: float = 0.0
     seed: int = 0
     mode: Mode = "perfusion"
-    schedule: RateSchedule = "constant"
-    templates: tuple[str, ...] = TEMPLATES
     captions: tuple[str, ...] = ()
-    normalisation: Normalisation = "subject"
-    rows_at_once: int = 0
-    checkpoint_every: int = 0
-    sample_every: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_word("placeholder", self.placeholder)
         check_phrase("superclass", self.superclass)
         if self.placeholder == self.superclass:
@@ -61,47 +103,31 @@ class TrainingConfig:
                 f"placeholder: expected another word than the superclass, found both "
                 f"{self.placeholder!r}"
             )
-        check_templates(self.templates)
         check_places("caption", self.captions)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        for name in ("rows_at_once", "checkpoint_every", "sample_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
         for name in ("learning_rate", "embedding_learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: expected a finite number above 0, found {value}")
-        for name in ("ema", "background"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, found {getattr(self, name)}")
-        self.gate  # noqa: B018 - its own checks
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected 0 to 2^64 - 1, found {self.seed}")
-        choices_of = {"mode": Mode, "schedule": RateSchedule, "normalisation": Normalisation}
-        for name, kind in choices_of.items():
-            choices = get_args(kind)
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}"
-                )
+        check_choices(self, mode=Mode)
 
-    @property
-    def gate(self) -> Gate:
-        """The gate during training."""
-        return Gate(self.bias, self.temperature)
+    def with_settings(self, settings: TrainingSettings) -> TrainingConfig:
+        """The same run with other settings; those of a class derived from them do, too."""
+        names = [field.name for field in fields(TrainingSettings)]
+        return replace(self, **{name: getattr(settings, name) for name in names})
 
     def settings(self) -> dict[str, object]:
         """What a concept file records of the run (the words and the gate have their own keys).
 
-        Only what differs from the defaults where a file of 32 kB has no room for more.
+        The last three only where they differ from the defaults: a file of 32 kB has no room for
+        more.
         """
-        own = {"placeholder", "superclass", "bias", "temperature", *_CADENCE}
-        for name in ("templates", "captions", "normalisation"):
-            if getattr(self, name) == getattr(TrainingConfig, name):
-                own.add(name)
-        return {name: value for name, value in asdict(self).items() if name not in own}
+        kept = [name for name in _SELDOM if getattr(self, name) != getattr(TrainingConfig, name)]
+        return {name: getattr(self, name) for name in (*_RECORDED, *kept)}
 
     def fingerprint(self) -> dict[str, object]:
         """What decides each step: two runs equal in this can go on from each other's states.
@@ -109,8 +135,21 @@ class TrainingConfig:
         The number of steps is not part of it, unless the schedule depends on it: a run may be made
         longer.
         """
-        left_out = {*_CADENCE} if self.schedule == "cosine" else {*_CADENCE, "steps"}
+        left_out = {*CADENCE} if self.schedule == "cosine" else {*CADENCE, "steps"}
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
-_CADENCE = ("rows_at_once", "checkpoint_every", "sample_every")
+def check_choices(settings: object, **kinds: object) -> None:
+    """Raise ValueError for a setting that is none of its ``Literal``'s values."""
+    for name, kind in kinds.items():
+        choices, found = get_args(kind), getattr(settings, name)
+        if found not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {found!r}")
+
+
+CADENCE = ("rows_at_once", "checkpoint_every", "sample_every")
+_RECORDED = (
+    *("steps", "batch_size", "learning_rate", "embedding_learning_rate", "ema", "background"),
+    *("seed", "mode", "schedule"),
+)
+_SELDOM = ("templates", "captions", "normalisation")

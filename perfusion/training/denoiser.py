@@ -16,9 +16,9 @@ from ..gated.rank_one import GatedProjections, Part
 class Conditioning:
     """Prompts as the model is conditioned on them.
 
-    ``encodings`` (B, N, D); ``mask`` (B, N) bool is True at the tokens of the concept (or of the
-    superclass word standing in its place). ``extra`` (B, ...) is the denoiser's own (pooled
-    outputs) and only ever handed back to it.
+    ``encodings`` (B, N, D); ``mask`` (B, N) bool, best on the CPU, is True at the tokens of the
+    concept (or of the superclass word standing in its place). ``extra`` (B, ...) is the denoiser's
+    own (pooled outputs) and only ever handed back to it.
     """
 
     encodings: Tensor
@@ -26,10 +26,11 @@ class Conditioning:
     extra: Tensor | None = None
 
     def rows(self, chosen: Tensor) -> Conditioning:
-        """Some of the prompts, by their int64 indices (n,)."""
-        at = chosen.to(self.encodings.device)
-        extra = None if self.extra is None else self.extra[chosen.to(self.extra.device)]
-        return Conditioning(self.encodings[at], self.mask[chosen.to(self.mask.device)], extra)
+        """Some of the prompts, by their int64 indices (n,); one may be chosen many times."""
+        extra = None if self.extra is None else stacked_rows(self.extra, chosen)
+        return Conditioning(
+            stacked_rows(self.encodings, chosen), stacked_rows(self.mask, chosen), extra
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,17 @@ class Batch:
         """The rows' standard normal noise (B, *shape), float32 on the CPU."""
         generators = (torch.Generator().manual_seed(seed) for seed in self.seeds.tolist())
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def stacked_rows(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """``tensor[chosen]`` for int64 indices (n,), with gradients that are the same every time.
+
+    The gradient of plain indexing is a scatter: where a row is chosen more than once, several
+    threads add into it in whatever order they arrive, and sums of floats depend on their order.
+    Here autograd adds them one after the other.
+    """
+    rows = tensor.unbind(0)
+    return torch.stack([rows[at] for at in chosen.tolist()])
 
 
 class Denoiser(Protocol):

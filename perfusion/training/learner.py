@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..gated.covariance import Covariance
 from ..gated.key_lock import locked_outputs
-from ..gated.rank_one import Direction, GatedProjections, gated_inputs
+from ..gated.rank_one import Basis, Direction, GatedProjections, combine, gated_inputs
 from ..text.prompts import fill
 from .config import TrainingConfig
 from .denoiser import Batch, Conditioning, Denoiser
@@ -57,30 +57,26 @@ class Learner:
         add up, so the step is the same for any number. Raises `TrainingError` when NaN or infinity
         appears; parameters may then be spoiled.
         """
-        encoded = self._encode(prompts)
-        while True:
-            losses = self._backward(batch, encoded, rows_at_once)
-            if not bool(torch.isfinite(losses).all()):
-                raise TrainingError(f"its loss is {float(losses.mean())}")
-            if self._gradients_are_finite():
-                break
-            if self.scale <= 1.0:
-                raise TrainingError("it made NaN or infinity; try a smaller learning rate")
-            # Only fp16 is scaled: the same rows once more, with gradients fp16 can hold.
+        losses, order = self._backward(batch, self._encode(prompts), rows_at_once)
+        # Only fp16 is scaled: the same rows once more, with gradients fp16 can hold.
+        while self.scale > 1.0 and not _read(losses, self._gradients())[1]:
             self.scale, self.since_scaled = self.scale / 2, 0
-            encoded = self._encode(prompts, follow=False)
-        for parameter in self._trained():
-            if parameter.grad is not None and self.scale != 1.0:
-                parameter.grad /= self.scale
+            losses, order = self._backward(
+                batch, self._encode(prompts, follow=False), rows_at_once
+            )
+        if self.scale != 1.0:
+            torch._foreach_div_(self._gradients(), self.scale)
         for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = full * rate
         self.optimizer.step()
-        if not _all_finite([p.detach() for p in self._trained()]):
+        trained = [parameter.detach() for parameter in self._trained()]
+        found, finite = _read(losses, [*self._gradients(), *trained])
+        if not finite:
             raise TrainingError("it made NaN or infinity; try a smaller learning rate")
         self.since_scaled += 1
         if self.denoiser.needs_scaling and self.since_scaled >= _STEPS_TO_RAISE_SCALE:
             self.scale, self.since_scaled = self.scale * 2, 0
-        return losses
+        return torch.empty_like(found).index_copy_(0, order, found)
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all that a step changes, on their own devices, for `restore`."""
@@ -120,35 +116,40 @@ class Learner:
             encoded = self.denoiser.encode(different, self.embeddings)
             if len(different) < len(prompts):
                 encoded = encoded.rows(torch.tensor([different.index(p) for p in prompts]))
-        newest = last_marked(encoded, prompts, self.config.placeholder).detach().mean(0)
-        if not bool(torch.isfinite(newest).all()):
-            raise TrainingError("its text encoding holds NaN or infinity")
         if follow:
+            newest = last_marked(encoded, prompts, self.config.placeholder).detach().mean(0)
             newest = newest.to("cpu", torch.float64)
+            if not bool(torch.isfinite(newest).all()):
+                raise TrainingError("its text encoding holds NaN or infinity")
             self.i = self.config.ema * self.i + (1 - self.config.ema) * newest
         return encoded
 
-    def _backward(self, batch: Batch, encoded: Conditioning, rows_at_once: int) -> Tensor:
-        """Gradients of the mean loss, times the scale, in every parameter; the losses (B,)."""
+    def _backward(
+        self, batch: Batch, encoded: Conditioning, rows_at_once: int
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss, times the scale, in every parameter.
+
+        Returns the losses (B,) fp32 where they were made, and which row of the batch each is of.
+        """
         config, size = self.config, len(batch.indices)
-        losses = torch.zeros(size)
-        direction = self._direction() if self.edits else None
+        losses: list[Tensor] = []
+        basis = self._basis(encoded.encodings) if self.edits else None
         parts = list(self._parts(batch, rows_at_once))
         with torch.enable_grad():
             for number, chosen in enumerate(parts, 1):
                 whole = len(parts) == 1
                 rows = batch if whole else batch.rows(chosen)
                 text = encoded if whole else encoded.rows(chosen)
-                edit = None if direction is None else self._edit(text, direction)
+                edit = None if basis is None else self._edit(text, basis)
                 errors = self.denoiser.errors(rows, text, edit)
                 found = image_losses(
                     errors, self.denoiser.masks(rows), config.background, config.normalisation
                 )
                 # The graph of the text is used by every part.
                 (found.sum() * (self.scale / size)).backward(retain_graph=number < len(parts))
-                losses[chosen] = found.detach().float().cpu()
+                losses.append(found.detach().float())
         self._check_gradients()
-        return losses
+        return torch.cat(losses), torch.cat(parts)
 
     def _parts(self, batch: Batch, rows_at_once: int) -> Iterator[Tensor]:
         """Rows (n,) that are computed together: of one shape, at most ``rows_at_once``."""
@@ -158,16 +159,19 @@ class Learner:
         for rows in shapes.values():
             yield from torch.tensor(rows).split(rows_at_once)
 
-    def _direction(self) -> Direction:
-        return Direction(
+    def _basis(self, encodings: Tensor) -> Basis:
+        """The edit's direction of this step, where the encodings are."""
+        direction = Direction(
             i=self.i,
             u=self.covariance.dual(self.i),
             gate=self.config.gate,
             name=self.config.placeholder,
         )
+        dtype = torch.promote_types(encodings.dtype, torch.float32)
+        return combine([direction]).to(encodings.device, dtype)
 
-    def _edit(self, encoded: Conditioning, direction: Direction) -> GatedProjections:
-        inputs, gates = gated_inputs(encoded.encodings, [direction])
+    def _edit(self, encoded: Conditioning, basis: Basis) -> GatedProjections:
+        inputs, gates = gated_inputs(encoded.encodings, basis)
         keys = {layer: output[None] for layer, output in self.keys.items()}
         values = {layer: output[None] for layer, output in self.values.items()}
         return GatedProjections(inputs, gates, keys, values)
@@ -180,8 +184,8 @@ class Learner:
     def _trained(self) -> list[Tensor]:
         return [parameter for _, parameter in self._named() if parameter.requires_grad]
 
-    def _gradients_are_finite(self) -> bool:
-        return _all_finite([p.grad for p in self._trained() if p.grad is not None])
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained() if p.grad is not None]
 
     def _check_gradients(self) -> None:
         words = {"embedding": "the embedding", "v": "the value output of", "k": "the key output of"}
@@ -199,7 +203,7 @@ def last_marked(encoded: Conditioning, prompts: Sequence[str], word: str) -> Ten
 
     Raises ValueError naming a prompt that has none.
     """
-    mask = encoded.mask.to(encoded.encodings.device)
+    mask = encoded.mask.cpu()
     if mask.shape != encoded.encodings.shape[:2] or mask.shape[0] != len(prompts):
         raise ValueError(
             f"expected a mask {(len(prompts), encoded.encodings.shape[1])} for {len(prompts)} "
@@ -208,9 +212,8 @@ def last_marked(encoded: Conditioning, prompts: Sequence[str], word: str) -> Ten
     for prompt, present in zip(prompts, mask.any(dim=1).tolist(), strict=True):
         if not present:
             raise ValueError(f"expected {word!r} in every prompt, found {prompt!r} without it")
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * positions).argmax(dim=1)
-    return encoded.encodings[torch.arange(len(prompts), device=mask.device), last]
+    last = (mask * torch.arange(mask.shape[1])).argmax(dim=1).tolist()
+    return torch.stack([encoded.encodings[row, at] for row, at in enumerate(last)])
 
 
 def _superclass_encoding(denoiser: Denoiser, config: TrainingConfig) -> Tensor:
@@ -239,9 +242,17 @@ def _parameters(tensors: Mapping[str, Tensor], trainable: bool) -> dict[str, Ten
     }
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    """One answer for all of them, so that a GPU is waited for once."""
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+def _read(losses: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """The losses (B,) on the CPU, and whether all tensors are finite; a GPU is waited for once.
+
+    Raises `TrainingError` when a loss is NaN or infinite.
+    """
+    finite = [tensor.isfinite().all()[None].to(losses) for tensor in tensors]
+    read = torch.cat([losses, *finite]).cpu()
+    found = read[: len(losses)]
+    if not bool(torch.isfinite(found).all()):
+        raise TrainingError(f"its loss is {float(found.mean())}")
+    return found, bool(read[len(losses) :].all())
 
 
 def _expected(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

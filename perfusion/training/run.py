@@ -5,103 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept
 from ..gated.covariance import Covariance
-from ..gated.gate import Gate
-from ..text.prompts import fill
-from .config import Mode, RateSchedule, TrainingConfig
-from .denoiser import Batch, Conditioning, Denoiser
+from .checks import check_inputs
+from .config import TrainingConfig
+from .denoiser import Denoiser
+from .draws import draw, rate
+from .learned import learned_concept
 from .learner import Learner, TrainingError
-from .loss_bands import BandMeans, BandSmoother, LossRecord
-from .state import TrainingState
+from .loss_bands import BandSmoother, LossRecord
+from .results import Progress, TrainingCallbacks, TrainingResult
+from .state import TrainingState, check_same_run
 
 logger = logging.getLogger("perfusion")
-
-__all__ = [
-    "Batch",
-    "Conditioning",
-    "Denoiser",
-    "Mode",
-    "Progress",
-    "RateSchedule",
-    "TrainingCallbacks",
-    "TrainingConfig",
-    "TrainingResult",
-    "TrainingState",
-    "train_concept",
-    "training_fingerprint",
-]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """After a step, counted from 1: its loss, and the running means of the timesteps' bands."""
-
-    step: int
-    loss: float
-    smoothed: BandMeans
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingResult:
-    """What a run learned: the concept after ``steps`` good steps, and the losses of each.
-
-    ``state`` goes on from there. ``error`` is None, or says why training stopped early (NaN) with
-    the concept as it was before.
-    """
-
-    concept: Concept
-    record: LossRecord
-    state: TrainingState
-    error: str | None = None
-
-    @property
-    def steps(self) -> int:
-        """How many good steps were done."""
-        return self.state.step
-
-    @cached_property
-    def losses(self) -> tuple[float, ...]:
-        """The loss of each step."""
-        return self.record.per_step()
-
-
-def _nothing(*_: object) -> None:
-    pass
-
-
-def _no(*_: object) -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class TrainingCallbacks:
-    """What a caller wants to hear and to say during training; anything may raise.
-
-    ``on_step`` follows each step. ``on_sample(step, concept)`` is called before the first step,
-    every ``config.sample_every`` steps and after the last; ``on_checkpoint(result)`` every
-    ``config.checkpoint_every`` steps and after the last. ``should_stop()`` is asked before each
-    step; True ends the run with what it has. ``is_out_of_memory`` tells such an exception from
-    others; ``on_fewer_rows(n)`` is called before a step is tried again with at most n rows at once.
-    ``on_partial(result)`` receives the last good state when an exception, BaseException included,
-    is about to leave the run.
-    """
-
-    on_step: Callable[[Progress], None] = _nothing
-    on_sample: Callable[[int, Concept], None] = _nothing
-    on_checkpoint: Callable[[TrainingResult], None] = _nothing
-    on_partial: Callable[[TrainingResult], None] = _nothing
-    should_stop: Callable[[], bool] = _no
-    is_out_of_memory: Callable[[Exception], bool] = _no
-    on_fewer_rows: Callable[[int], None] = _nothing
 
 
 def train_concept(
@@ -153,7 +73,7 @@ class _Run:
         callbacks: TrainingCallbacks,
         resume: TrainingState | None,
     ) -> None:
-        _check(denoiser, config, covariance)
+        check_inputs(denoiser, config, covariance)
         self.denoiser = denoiser
         self.config = config
         self.covariance = covariance
@@ -196,18 +116,22 @@ class _Run:
         """The last good state as a concept."""
         size = self.config.batch_size
         record = LossRecord(_stacked(self.losses, size), _stacked(self.timesteps, size))
-        return TrainingResult(self._concept(), record, self._state(record), error)
+        concept = learned_concept(self.learner, self.good.tensors, self.steps)
+        return TrainingResult(concept, record, self._state(record), error)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.steps % every == 0 or self.steps == self.config.steps)
 
     def _step(self) -> str | None:
         """One optimiser step; returns why training cannot go on, or None."""
-        batch, prompts = self._draw()
+        denoiser = self.denoiser
+        batch, prompts = draw(
+            self.config, denoiser.image_count, denoiser.variant_count, self.generator
+        )
         while True:
             try:
-                rate = self._decay()
-                losses = self.learner.step(batch, prompts, self.rows_at_once, rate)
+                share = rate(self.config, self.steps)
+                losses = self.learner.step(batch, prompts, self.rows_at_once, share)
                 break
             except TrainingError as error:
                 self._back()
@@ -226,33 +150,6 @@ class _Run:
         smoothed = self.smoother.add(losses, batch.timesteps)
         self.callbacks.on_step(Progress(self.steps, float(losses.mean()), smoothed))
         return None
-
-    def _draw(self) -> tuple[Batch, list[str]]:
-        """Prompts, images and timesteps of a step; images in turn, timesteps stratified."""
-        config, random = self.config, self.generator
-        size, images = config.batch_size, self.denoiser.image_count
-        chosen = torch.randint(len(config.templates), (size,), generator=random)
-        rounds = math.ceil(size / images)
-        turns = [torch.randperm(images, generator=random) for _ in range(rounds)]
-        strata = torch.arange(size) + torch.rand(size, generator=random)
-        indices = torch.cat(turns)[:size]
-        batch = Batch(
-            indices=indices,
-            variants=torch.randint(self.denoiser.variant_count, (size,), generator=random),
-            # The last stratum may round up to 1, which is outside the schedule.
-            timesteps=(strata / size).clamp(max=1 - 2**-24),
-            seeds=torch.randint(2**62, (size,), generator=random),
-        )
-        if config.captions:
-            sentences = [config.captions[index] for index in indices.tolist()]
-        else:
-            sentences = [config.templates[index] for index in chosen.tolist()]
-        return batch, [fill(sentence, config.placeholder) for sentence in sentences]
-
-    def _decay(self) -> float:
-        if self.config.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * self.steps / self.config.steps))
 
     def _snapshot(self) -> _Good:
         learner = self.learner
@@ -274,58 +171,14 @@ class _Run:
         return TrainingState(self.fingerprint, self.steps, tensors, good.scale, good.since_scaled)
 
     def _go_on_from(self, state: TrainingState) -> None:
-        if state.fingerprint != self.fingerprint:
-            raise ValueError(
-                "expected a training state of the same model, pictures, words and settings, found "
-                "another run's; train from the start, or set everything as it was"
-            )
+        like = self.generator.get_state()
+        check_same_run(state, self.fingerprint, self.config.batch_size, like)
         self.learner.restore(state.tensors, state.scale, state.since_scaled)
-        of_rows = (state.step, self.config.batch_size)
-        shapes: dict[str, tuple[int, ...]] = {"losses": of_rows, "timesteps": of_rows}
-        shapes["random"] = tuple(self.generator.get_state().shape)
-        for name, shape in shapes.items():
-            found = state.tensors.get(name)
-            if found is None or tuple(found.shape) != shape:
-                what = "nothing" if found is None else str(tuple(found.shape))
-                raise ValueError(
-                    f"the training state's {name}: expected {shape}, found {what}; it is damaged: "
-                    "train from the start"
-                )
         self.generator.set_state(state.tensors["random"])
         self.losses = list(state.tensors["losses"])
         self.timesteps = list(state.tensors["timesteps"])
         for row in zip(self.losses, self.timesteps, strict=True):
             self.smoother.add(*row)
-
-    def _concept(self) -> Concept:
-        config, good = self.config, self.good.tensors
-
-        def learned(kind: str) -> dict[str, Tensor]:
-            start = f"learned.{kind}."
-            found = {k.removeprefix(start): v for k, v in good.items() if k.startswith(start)}
-            return {name: tensor.to("cpu", copy=True) for name, tensor in found.items()}
-
-        i = good["i"]
-        settings = config.settings() | {"steps": self.steps, "images": self.denoiser.image_count}
-        return Concept(
-            family=self.denoiser.family,
-            placeholder=config.placeholder,
-            superclass=config.superclass,
-            embeddings=learned("embedding"),
-            i=i.float(),
-            u=self.covariance.dual(i).float(),
-            superclass_encoding=self.learner.superclass_encoding.cpu(),
-            o_v=learned("v"),
-            o_k=learned("k") if config.mode == "trained_keys" else None,
-            # Textual inversion is the placeholder's vector alone: an edit of strength 0.
-            gate=Gate(strength=1.0 if self.learner.edits else 0.0),
-            train_gate=config.gate,
-            metadata={
-                "covariance_hash": self.covariance.digest,
-                "encoder_hash": self.denoiser.encoder_hash,
-                "training": json.dumps(settings, separators=(",", ":")),
-            },
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,37 +193,3 @@ class _Good:
 
 def _stacked(rows: list[Tensor], size: int) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, size)
-
-
-def _check(denoiser: Denoiser, config: TrainingConfig, covariance: Covariance) -> None:
-    if denoiser.image_count < 1:
-        raise ValueError("expected at least one training image, found none")
-    if config.captions and len(config.captions) != denoiser.image_count:
-        raise ValueError(
-            f"expected a caption for each of the {denoiser.image_count} images, found "
-            f"{len(config.captions)} captions; give as many, or none for the built-in sentences"
-        )
-    if not denoiser.layers:
-        raise ValueError(
-            f"expected cross-attention layers over text in the {denoiser.family} model, found none"
-        )
-    if covariance.encoder_hash != denoiser.encoder_hash:
-        raise ValueError(
-            f"expected a covariance of this model's text encoder ({denoiser.encoder_hash}), found "
-            f"one of {covariance.encoder_hash}; measure it again with this model"
-        )
-    for index in range(denoiser.image_count):
-        for variant in range(denoiser.variant_count):
-            _check_mask(denoiser, index, variant)
-
-
-def _check_mask(denoiser: Denoiser, index: int, variant: int) -> None:
-    one = torch.tensor([index]), torch.tensor([variant])
-    mask = denoiser.masks(Batch(*one, torch.zeros(1), torch.zeros(1, dtype=torch.int64)))
-    if mask is None:
-        return
-    if not (bool(torch.isfinite(mask).all()) and float(mask.min()) >= 0 < float(mask.max())):
-        raise ValueError(
-            f"expected a mask of finite weights from 0 with some above it for image {index}, "
-            f"found {float(mask.min())} to {float(mask.max())}"
-        )

@@ -65,3 +65,28 @@ def load_state(path: Path) -> TrainingState:
         scale=float(metadata["scale"]),
         since_scaled=int(metadata["since_scaled"]),
     )
+
+
+def check_same_run(state: TrainingState, fingerprint: str, rows: int, random: Tensor) -> None:
+    """Make sure that a run of ``rows`` a step can go on from a state.
+
+    ``random`` is the state of a random generator, for its shape.
+
+    Raises:
+        ValueError: for another run's state, and for one without what was drawn so far.
+    """
+    if state.fingerprint != fingerprint:
+        raise ValueError(
+            "expected a training state of the same model, pictures, words and settings, found "
+            "another run's; train from the start, or set everything as it was"
+        )
+    of_rows = (state.step, rows)
+    shapes = {"losses": of_rows, "timesteps": of_rows, "random": tuple(random.shape)}
+    for name, shape in shapes.items():
+        found = state.tensors.get(name)
+        if found is None or tuple(found.shape) != shape:
+            what = "nothing" if found is None else str(tuple(found.shape))
+            raise ValueError(
+                f"the training state's {name}: expected {shape}, found {what}; it is damaged: "
+                "train from the start"
+            )

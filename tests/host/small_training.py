@@ -102,7 +102,7 @@ class SmallTraining:
     def run_session(self):
         """What `run` does after its checks, with gradient checkpointing; for many runs in a row."""
         options = TrainingOptions(**OPTIONS)
-        config = options.applied_to(TrainingConfig(**SETTINGS))
+        config = TrainingConfig(**SETTINGS).with_settings(options)
         words = config.superclass, config.placeholder
         with torch.inference_mode():
             painter = Painter(self.vae)

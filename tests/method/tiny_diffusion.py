@@ -16,7 +16,9 @@ from perfusion.gated.covariance import Covariance, CovarianceAccumulator
 from perfusion.gated.key_lock import locked_outputs
 from perfusion.gated.rank_one import GatedProjections, Part, gated_inputs
 from perfusion.text.prompts import fill
-from perfusion.training.run import Batch, Conditioning, TrainingConfig, TrainingResult
+from perfusion.training.config import TrainingConfig
+from perfusion.training.denoiser import Batch, Conditioning
+from perfusion.training.results import TrainingResult
 
 WORDS = ["<end>", "a", "photo", "of", "the", "my", "one", "cat", "dog", "bird", "bath", "sks"]
 COLOURS = {"cat": (0.9, -0.8, -0.7), "dog": (-0.8, 0.9, -0.6), "bird": (-0.7, -0.6, 0.9)}

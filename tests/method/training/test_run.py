@@ -13,7 +13,9 @@ from torch import Tensor
 from perfusion.gated.gate import Gate
 from perfusion.gated.rank_one import GatedProjections, edit_projection, similarities
 from perfusion.text.prompts import fill
-from perfusion.training.run import Batch, Conditioning, TrainingResult, train_concept
+from perfusion.training.denoiser import Batch, Conditioning
+from perfusion.training.results import TrainingResult
+from perfusion.training.run import train_concept
 from tests.method.tiny_diffusion import (
     SIDE,
     TEMPLATES,

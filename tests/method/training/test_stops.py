@@ -13,14 +13,9 @@ from torch import Tensor
 from perfusion.concept.concept import Concept
 from perfusion.gated.covariance import Covariance
 from perfusion.gated.rank_one import GatedProjections, Part
-from perfusion.training.run import (
-    Batch,
-    Conditioning,
-    Progress,
-    TrainingCallbacks,
-    TrainingResult,
-    train_concept,
-)
+from perfusion.training.denoiser import Batch, Conditioning
+from perfusion.training.results import Progress, TrainingCallbacks, TrainingResult
+from perfusion.training.run import train_concept
 from perfusion.training.state import load_state, save_state
 from tests.method.tiny_diffusion import (
     SIDE,
