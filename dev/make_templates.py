@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +22,59 @@ from .report import Failure, say
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = Path(__file__).with_name("templates.json")
 
-# Columns of nodes from left to right, a group around each, the note in front of them.
-ARRANGE = """async ({api, name, layout}) => {
+# Rows of columns, in each column groups of nodes one below the other. A node gets the height it
+# needs in either renderer and after its work, when it shows pictures and texts.
+ARRANGE = """async ({api, name, layout, reserve}) => {
     await window.app.loadApiJson(api, name);
     const graph = window.app.graph;
-    const top = 120, gap = 50, margin = 20;
-    const note = window.LiteGraph.createNode("MarkdownNote");
-    graph.add(note);
-    note.title = layout.title;
-    note.widgets[0].value = layout.note.join("\\n");
-    note.pos = [0, top];
-    note.size = [layout.note_width, layout.note_height];
-    note.color = "#233";
-    note.bgcolor = "#355";
-    let x = layout.note_width + gap + 2 * margin;
-    for (const column of layout.columns) {
-        const group = new window.LiteGraph.LGraphGroup(column.title);
-        const nodes = column.nodes.map(id => graph.getNodeById(id));
-        const width = Math.max(...nodes.map(node => node.size[0]), column.width ?? 0);
-        let y = top + 30;
-        for (const node of nodes) {
-            node.pos = [x, y];
-            const height = (column.heights ?? {})[node.id] ?? node.size[1];
-            node.setSize([width, height]);
-            for (const widget of node.widgets ?? []) {
-                // A second run should find everything in the cache, not learn anew.
-                if (widget.name === "control_after_generate") widget.value = "fixed";
-            }
-            y += height + gap;
+    const title = 30, gap = 50, margin = 20, between = 30;
+    const place = (node, x, y, width, height) => {
+        node.pos = [x, y];
+        node.setSize([width, Math.max(height, reserve[node.type] ?? 0)]);
+        for (const widget of node.widgets ?? []) {
+            // A second run should find everything in the cache, not learn anew.
+            if (widget.name === "control_after_generate") widget.value = "fixed";
         }
-        group.pos = [x - margin, top - 50];
-        group.size = [width + 2 * margin, y - top + 50];
+        return node.pos[1] + node.size[1];
+    };
+    const addNote = (x, y, width) => {
+        const note = window.LiteGraph.createNode("MarkdownNote");
+        graph.add(note);
+        note.title = layout.title;
+        note.widgets[0].value = layout.note.join("\\n");
+        note.color = "#233";
+        note.bgcolor = "#355";
+        return place(note, x, y + title, width, layout.note_height) + between;
+    };
+    const addGroup = ({title: text, nodes}, x, y, width) => {
+        const group = new window.LiteGraph.LGraphGroup(text);
+        let bottom = y + gap + title;
+        for (const id of nodes) {
+            bottom = place(graph.getNodeById(id), x + margin, bottom, width - 2 * margin, 0) + gap;
+        }
+        bottom += margin - gap;
+        group.pos = [x, y];
+        group.size = [width, bottom - y];
         graph.add(group);
-        x += width + gap + 2 * margin;
+        return bottom + between;
+    };
+    let top = 0;
+    for (const row of layout.rows) {
+        let x = 0, lowest = top;
+        for (const {width, groups} of row) {
+            let y = top;
+            for (const group of groups) {
+                y = group === "note" ? addNote(x, y, width) : addGroup(group, x, y, width);
+            }
+            lowest = Math.max(lowest, y);
+            x += width + between;
+        }
+        top = lowest;
     }
     return graph.serialize();
 }"""
+# The front end opens a page with this mark at a readable size (web/page_view.js).
+MARK = {"perfusion_page": True}
 
 
 def main() -> int:
@@ -65,15 +83,22 @@ def main() -> int:
     if executable is None:
         raise Failure("No Chromium found: install one or let CHROMIUM name it.")
     layouts = json.loads(LAYOUTS.read_text(encoding="utf-8"))
+    reserve = layouts.pop("reserve")
     layout = Layout(ROOT)
     host = prepare(layout, with_tests=True)
-    with make_server(host, layout) as server, launch(executable) as browser:
+    with (
+        tempfile.TemporaryDirectory() as base,
+        make_server(host, layout, Path(base)) as server,
+        launch(executable) as browser,
+    ):
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        server.client.json("/settings/Comfy.VueNodes.Enabled", False)
         open_interface(page, server.client)
         for name, places in layouts.items():
             source = ROOT / "workflows" / "api" / f"{name}.json"
             api = json.loads(source.read_text(encoding="utf-8"))
-            graph = page.evaluate(ARRANGE, {"api": api, "name": name, "layout": places})
+            told = {"api": api, "name": name, "layout": places, "reserve": reserve}
+            graph = page.evaluate(ARRANGE, told)
             target = ROOT / "workflows" / f"{name}.json"
             target.write_text(json.dumps(tidy(graph), indent=1) + "\n", encoding="utf-8")
             say(f"Wrote {target}")
@@ -82,7 +107,7 @@ def main() -> int:
 
 def tidy(graph: dict[str, Any]) -> dict[str, Any]:
     """Drop what the browser fills with null, and what depends on how the window was scrolled."""
-    graph["extra"] = {}
+    graph["extra"] = dict(MARK)
     for node in graph["nodes"]:
         for key in [key for key, value in node.items() if value is None]:
             del node[key]

@@ -80,7 +80,7 @@ def test_a_template_opens_without_warnings_and_is_its_api_workflow(
 def test_a_template_run_by_a_click_shows_its_picture(
     page: Page, complaints: Any, comfy_server: Server
 ) -> None:
-    open_template(page, "2 use a concept")
+    open_template(page, "02 use a concept")
     before = set((comfy_server.base / "output").rglob("*.png"))
     page.get_by_test_id("queue-button").click()
     page.wait_for_function(f"({SAVED_PICTURE})().length > 0", timeout=240_000)

@@ -18,7 +18,7 @@ API = Path(__file__).resolve().parent.parent.parent / "workflows" / "api"
 @pytest.fixture
 def training() -> dict[str, Any]:
     """The training workflow up to the saved concept, with few steps."""
-    prompt = json.loads((API / "1 train a concept.json").read_text(encoding="utf-8"))
+    prompt = json.loads((API / "01 train a concept.json").read_text(encoding="utf-8"))
     kept = {k: v for k, v in prompt.items() if v["class_type"].startswith("Perfusion")}
     train = next(v for v in kept.values() if v["class_type"] == "PerfusionTrainConcept")
     train["inputs"]["steps"] = 2
@@ -27,7 +27,7 @@ def training() -> dict[str, Any]:
 
 @pytest.fixture
 def using() -> dict[str, Any]:
-    return json.loads((API / "2 use a concept.json").read_text(encoding="utf-8"))
+    return json.loads((API / "02 use a concept.json").read_text(encoding="utf-8"))
 
 
 def change(prompt: dict[str, Any], kind: str, **inputs: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def prompt(comfy_server: Server) -> Prompt:
     for number, (size, caption) in enumerate(zip(((48, 48), (96, 48)), CAPTIONS, strict=True)):
         Image.linear_gradient("L").resize(size).convert("RGB").save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
-    file = ROOT / "workflows" / "api" / "1 train a concept.json"
+    file = ROOT / "workflows" / "api" / "01 train a concept.json"
     found: Prompt = json.loads(file.read_text(encoding="utf-8"))
     kinds = ("PerfusionDemoModel", "PerfusionTrainConcept", "PerfusionSaveConcept")
     kept = {k: v for k, v in found.items() if v["class_type"] in kinds}

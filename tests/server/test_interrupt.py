@@ -16,7 +16,7 @@ def test_an_interrupted_training_leaves_a_usable_concept_and_is_continued(
     client: Client, comfy_server: Server
 ) -> None:
     api = ROOT / "workflows" / "api"
-    prompt = json.loads((api / "1 train a concept.json").read_text(encoding="utf-8"))
+    prompt = json.loads((api / "01 train a concept.json").read_text(encoding="utf-8"))
     train = next(k for k, v in prompt.items() if v["class_type"] == "PerfusionTrainConcept")
     prompt[train]["inputs"].update(steps=400, seed=12345, options=["options", 0])
     # With this schedule a step does not depend on how many there will be.
@@ -43,7 +43,7 @@ def test_an_interrupted_training_leaves_a_usable_concept_and_is_continued(
     done = int(next(iter(partial)).stem.removeprefix("step_"))
     assert done >= 3
 
-    use = json.loads((api / "2 use a concept.json").read_text(encoding="utf-8"))
+    use = json.loads((api / "02 use a concept.json").read_text(encoding="utf-8"))
     for node in use.values():
         if node["class_type"] == "PerfusionLoadConcept":
             node["inputs"]["concept_name"] = partial.pop().relative_to(folder).as_posix()

@@ -21,7 +21,7 @@ STEPS, EVERY, KILLED_AFTER = 30, 5, 12
 @pytest.fixture
 def prompt() -> Prompt:
     """The training workflow up to the saved concept, with checkpoints and without samples."""
-    file = ROOT / "workflows" / "api" / "1 train a concept.json"
+    file = ROOT / "workflows" / "api" / "01 train a concept.json"
     found = json.loads(file.read_text(encoding="utf-8"))
     kept = {k: v for k, v in found.items() if v["class_type"].startswith("Perfusion")}
     kept[train_node(kept)]["inputs"].update(steps=STEPS, options=["options", 0])
