@@ -5,18 +5,28 @@ prompts of 77 tokens, lambda 0.1. The rival computes, for each matrix on its own
 code computes: (lambda W + sum v c^T)(lambda I + sum c c^T)^-1 with an explicit inverse, in fp32 and
 in fp64. Encodings are random with the length of CLIP's and a decaying spectrum; weights are random.
 Errors are those of the change dW, against a fp64 solve in delta form of the full D x D system.
+
+With --many N: erasing at scale, N constraints that come in parts of 2,584 (one phrase in 34
+sentences of 76 tokens; 100 phrases are 258,400), against stacking all of them first; each way in a
+process of its own to tell its memory, in one thread, timed by the processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 
-from perfusion.closed_form.solver import Constraints, solve
+from perfusion.closed_form.constraints import Constraints
+from perfusion.closed_form.solver import solve
 
 from ._report import interleaved, median_ratio, print_table, write_results
 
@@ -147,15 +157,87 @@ def measure(shape: Shape, rounds: int) -> list[dict[str, object]]:
     ]
 
 
+PART = 34 * 76
+"""Constraints of one erasure: every token but the phrase's own in each built-in sentence."""
+
+
+def parts(width: int, count: int) -> Iterator[Constraints]:
+    """So many constraints, one erasure's at a time, all along directions of decaying length."""
+    spectrum = torch.arange(1, width + 1).float() ** -0.5
+    for start in range(0, count, PART):
+        random = torch.Generator().manual_seed(start)
+        rows = min(PART, count - start)
+        source, change = (torch.randn(rows, width, generator=random) * spectrum for _ in range(2))
+        yield Constraints(source, source + 0.3 * change)
+
+
+def stacked(every: Iterable[Constraints]) -> Tensor:
+    """M of `perfusion.closed_form.solver` from all rows at once, a row of A^-1 for each."""
+    asked = Constraints.join(list(every))
+    source, target = asked.inputs.double(), asked.targets.double()
+    system = source.mT @ source + RIDGE * torch.eye(asked.width, dtype=torch.float64)
+    rows = torch.cholesky_solve(source.mT, torch.linalg.cholesky(system)).mT
+    basis, triangle = torch.linalg.qr(rows.mT)
+    return (target - source).mT @ triangle.mT @ basis.mT
+
+
+def streamed(every: Iterable[Constraints]) -> Tensor:
+    """The same from sums over the parts."""
+    edit = solve(every, RIDGE)
+    return edit.left @ edit.right
+
+
+def at_scale(way: str, width: int, count: int) -> tuple[float, float, Tensor]:
+    """Processor seconds, peak memory beyond that of the start in GB, and M of one way."""
+    torch.set_num_threads(1)
+    run = {"stacked": stacked, "streamed": streamed}[way]
+    run(parts(width, 2 * PART))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    found = run(parts(width, count))
+    seconds = time.process_time() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return seconds, (after - before) / 1e6, found
+
+
+def measure_at_scale(width: int, count: int) -> list[dict[str, object]]:
+    """One row for each way."""
+    rows, known = [], {}
+    for way in ("streamed", "stacked"):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            work = pool.submit(at_scale, way, width, count)
+            seconds, memory, known[way] = work.result()
+        off = float((known[way] - known["streamed"]).norm() / known["streamed"].norm())
+        rows.append(
+            {
+                "constraints": count,
+                "width": width,
+                "way": way,
+                "processor seconds": round(seconds, 2),
+                "memory GB": round(memory, 3),
+                "differs by": off,
+            }
+        )
+    return rows
+
+
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["sd1", "sdxl"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--many", type=int, default=0, help="constraints of an edit at scale")
+    parser.add_argument("--width", type=int, default=768, help="of these constraints")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.many:
+        rows = measure_at_scale(options.width, options.many)
+        print_table(rows)
+        if not options.no_save:
+            print(write_results("closed_form_at_scale", {"ridge": RIDGE, "part": PART}, rows))
+        return
     rows = [row for name in options.shapes for row in measure(SHAPES[name], options.rounds)]
     print_table(rows)
     if not options.no_save:

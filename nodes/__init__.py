@@ -11,15 +11,13 @@ from .concepts import (
     PerfusionSaveConcept,
     PerfusionSetGate,
 )
+from .debias import PerfusionDebias
 from .demo import PerfusionDemoImages, PerfusionDemoModel
-from .editing import (
-    PerfusionDebias,
-    PerfusionEditAssumption,
-    PerfusionEraseConcepts,
-    PerfusionPreserve,
-    PerfusionSaveEdit,
-)
+from .edit_assumption import PerfusionEditAssumption
+from .erase_concepts import PerfusionEraseConcepts
 from .masks import PerfusionAutoMask
+from .preserve import PerfusionPreserve
+from .save_edit import PerfusionSaveEdit
 from .schedule import PerfusionScheduleGate
 from .training import PerfusionCovariance, PerfusionTrainConcept
 from .training_options import PerfusionTrainingOptions

@@ -7,9 +7,9 @@ from typing import get_args
 from comfy_api.latest import io
 
 from ..host.pictures.training_images import ImageOptions
-from ..host.text.lines import lines_of
 from ..host.training.options import SAMPLE_PROMPTS, Resume, TrainingOptions
 from ..host.training.private_copy import Precision
+from ..perfusion.text.lines import lines_of
 from ..perfusion.text.prompts import TEMPLATES
 from ..perfusion.training.config import RateSchedule
 from ..perfusion.training.losses import Normalisation

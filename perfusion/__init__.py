@@ -1,16 +1,20 @@
 """Key-locked gated rank-one editing of cross-attention: the method, without any host."""
 
-from .closed_form.edit_model import ModelEdit, edit_model, edit_with, prompt_encoder
+from .closed_form.constraints import Constraints
+from .closed_form.edit_model import ModelEdit, edit_model, edit_with
+from .closed_form.erasure import Erasure
 from .closed_form.low_rank import LowRank, lora_tensors
-from .closed_form.mace import Erasure, refinement_constraints, replacement_constraints
+from .closed_form.mace import refinement_constraints
 from .closed_form.preserve import Preserved
-from .closed_form.solver import Constraints, SolvedEdit, solve
+from .closed_form.solver import SolvedEdit, solve
 from .closed_form.time import time_constraints
+from .closed_form.transformers_text import prompt_encoder
 from .closed_form.uce import (
     Debiasing,
     debias_constraints,
     moderation_constraints,
     preserving_constraints,
+    replacement_constraints,
 )
 from .concept.concept import Concept
 from .concept.concept_file import load_concept, save_concept

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import comfy.lora
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...perfusion.closed_form.low_rank import LowRank, lora_tensors
 from ...perfusion.files.safe_file import write_atomically
@@ -37,7 +37,9 @@ class SavedEdit:
     error: float
 
 
-def write_edit(model: Any, filename_prefix: str, rank: int | None, dtype: str) -> SavedEdit:
+def write_edit(
+    model: ModelPatcher, filename_prefix: str, rank: int | None, dtype: str
+) -> SavedEdit:
     """Save all edits a MODEL carries, at their strengths, into models/loras.
 
     Without a rank nothing is left out but what is numerically zero.
@@ -69,7 +71,7 @@ def write_edit(model: Any, filename_prefix: str, rank: int | None, dtype: str) -
     )
 
 
-def lora_names(model: Any) -> dict[str, str]:
+def lora_names(model: ModelPatcher) -> dict[str, str]:
     """Weight key -> the layer's name in LoRA files: diffusers' where it has one."""
     found: dict[str, str] = {}
     for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():

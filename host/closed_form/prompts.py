@@ -2,48 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
+from comfy.sd import CLIP
 from torch import Tensor
 
-from ...perfusion.closed_form.edit_model import readable
+from ...perfusion.closed_form.transformers_text import readable
 from ...perfusion.text.encoded_prompt import EncodedPrompt
 from ..text.text_encoders import TextEncoders, Tokens
 
 BATCH = 32
+KEPT = 256
+"""Prompts whose encodings are kept, so that asking again soon costs nothing."""
 
 
 class PromptEncoder:
-    """Encodes prompts with one CLIP, each once; an `EncodePrompts` for the constraint builders.
+    """Encodes prompts with one CLIP; an `EncodePrompts` for the constraint builders.
 
     Clip skip, LoRA, concatenation, placeholders and prompt weights count as they do in a graph.
-    Tokens and pieces are those of the first text encoder; all of them cut text the same way.
+    Tokens and pieces are those of the first text encoder; all of them cut text the same way. The
+    prompts asked for last are kept, so that asking again costs nothing.
+
+    Attributes:
+        text: the CLIP's text encoders.
     """
 
-    def __init__(self, clip: Any) -> None:
+    def __init__(self, clip: CLIP, keep: int = KEPT) -> None:
+        """Load the CLIP's networks.
+
+        Args:
+            clip: of a known family.
+            keep: prompts whose encodings are kept.
+        """
+        self._keep = keep
         self.text = TextEncoders(clip)
         self._name = next(iter(self.text.family.encoders))
         self._known: dict[str, EncodedPrompt] = {}
 
     def __call__(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
-        """The encoded prompts, on the CPU. Raises ValueError for one longer than a section."""
-        new = list(dict.fromkeys(text for text in prompts if text not in self._known))
-        sections = {text: self.text.section(text) for text in new}
-        plain = [text for text in new if not self._weighted(text)]
+        """The encoded prompts, on the CPU.
+
+        Raises:
+            ValueError: for a prompt longer than a section.
+        """
+        new = [text for text in dict.fromkeys(prompts) if text not in self._known]
+        found = {text: self._known[text] for text in prompts if text in self._known}
+        found |= self._encode(new)
+        # The ones asked for last come last, and stay.
+        self._known = {text: each for text, each in self._known.items() if text not in found}
+        self._known |= found
+        for text in list(self._known)[: -self._keep]:
+            del self._known[text]
+        return [found[text] for text in prompts]
+
+    def stream(self, prompts: Iterable[str]) -> Iterator[EncodedPrompt]:
+        """The encoded prompts one after the other, for many that need not be held together."""
+        for part in batched(prompts, BATCH):
+            yield from self(part)
+
+    def _encode(self, prompts: Sequence[str]) -> dict[str, EncodedPrompt]:
+        sections = {text: self.text.section(text) for text in prompts}
+        weighted = {text for text in prompts if self._weighted(text)}
+        found: dict[str, EncodedPrompt] = {}
         with torch.no_grad():
-            for start in range(0, len(plain), BATCH):
-                part = plain[start : start + BATCH]
+            for part in batched((text for text in prompts if text not in weighted), BATCH):
                 rows = self.text.encode([sections[text] for text in part]).encodings
                 for text, row in zip(part, rows, strict=True):
-                    self._known[text] = self._prompt(text, sections[text], row)
-            for text in new:
-                if text not in self._known:
-                    clip = self.text.clip
-                    row = clip.encode_from_tokens(clip.tokenize(text))[0]
-                    self._known[text] = self._prompt(text, sections[text], row)
-        return [self._known[text] for text in prompts]
+                    found[text] = self._prompt(text, sections[text], row)
+            for text in weighted:
+                clip = self.text.clip
+                row = clip.encode_from_tokens(clip.tokenize(text))[0]
+                found[text] = self._prompt(text, sections[text], row)
+        return found
 
     def _weighted(self, text: str) -> bool:
         sections = self.text.clip.tokenize(text)
@@ -72,3 +104,10 @@ def _token_id(token: int | Tensor) -> int:
     if isinstance(token, Tensor):
         return -1 - abs(hash(token.detach().float().cpu().contiguous().numpy().tobytes()))
     return token
+
+
+def batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts in lists of this size, the last one shorter."""
+    rest = iter(texts)
+    while part := list(islice(rest, size)):
+        yield part

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import comfy.lora
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy.weight_adapter.lora import LoRAAdapter
-from torch import Tensor
 
+from ...perfusion.closed_form.changes import changes_of
+from ...perfusion.closed_form.constraints import Constraints
 from ...perfusion.closed_form.low_rank import LowRank
 from ...perfusion.closed_form.preserve import Preserved
-from ...perfusion.closed_form.report import EditReport, measure_layer
-from ...perfusion.closed_form.solver import Constraints, solve
+from ...perfusion.closed_form.report import EditReport
+from ...perfusion.closed_form.solver import solve
+from ...perfusion.shapes import Weight
 from ..models.families import check_clip, cross_attentions, family_of
 
 KEY = "perfusion_edits"
+T = TypeVar("T")
 _PREFIX = "diffusion_model."
 
 
@@ -63,7 +68,7 @@ class AppliedEdit:
         }
 
 
-def check_pair(model: Any, clip: Any) -> None:
+def check_pair(model: ModelPatcher, clip: CLIP) -> None:
     """Make sure a MODEL can be edited with this CLIP.
 
     Raises:
@@ -72,57 +77,58 @@ def check_pair(model: Any, clip: Any) -> None:
     check_clip(clip, family_of(model.model))
 
 
-def applied_edits(model: Any) -> tuple[AppliedEdit, ...]:
+def applied_edits(model: ModelPatcher) -> tuple[AppliedEdit, ...]:
     """The edits a MODEL carries, in the order in which they were made."""
     return model.get_attachment(KEY) or ()
 
 
 def apply_edit(
-    model: Any,
-    constraints: Constraints,
+    model: ModelPatcher,
+    constraints: Constraints | Iterable[Constraints],
     settings: EditSettings,
     label: str,
     preserved: Preserved | None = None,
-) -> tuple[Any, EditReport]:
+) -> tuple[ModelPatcher, EditReport]:
     """A clone of a MODEL with one more edit, and what the edit does.
 
     The edit is solved for the weights as the MODEL brings them, LoRA and earlier edits included.
     Strength 0 leaves every weight as it is.
 
+    Args:
+        model: the MODEL to edit.
+        constraints: all of them, or parts of them one after the other.
+        settings: how to solve, and where.
+        label: what is edited, for people.
+        preserved: what to leave as it is.
+
     Raises:
-        ValueError: when no layer is chosen, for widths that differ, and for weights with NaN.
+        ValueError: when no layer is chosen, for constraints that cannot be met, for widths that
+            differ, and for weights with NaN.
     """
     family = family_of(model.model)
-    if constraints.width != family.width:
+    keys = chosen_keys(model, settings.layers, settings.with_to_k)
+    parts = [constraints] if isinstance(constraints, Constraints) else constraints
+    edit = solve(_interruptible(parts), settings.ridge, preserved.prior if preserved else None)
+    if edit.width != family.width:
         raise ValueError(
-            f"the encodings are {constraints.width} wide, {family.label} reads {family.width} wide "
+            f"the encodings are {edit.width} wide, {family.label} reads {family.width} wide "
             "ones; connect the CLIP that was loaded together with the model"
         )
-    keys = chosen_keys(model, settings.layers, settings.with_to_k)
-    edit = solve(constraints, settings.ridge, preserved.prior if preserved else None)
     patched = without_edits(model) if settings.restart else model.clone()
-    sample = preserved.sample if preserved else None
-    adapters, layers = {}, []
-    # Shared by all layers, as it is the same for all of them.
-    down = edit.right.float()
-    for key, weight in _weights(patched, keys):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        name = key.removeprefix(_PREFIX).removesuffix(".weight")
-        try:
-            change = edit.factors(weight)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        layers.append(measure_layer(name, weight, change, edit, sample))
-        adapters[key] = LoRAAdapter(set(), (change.up.cpu(), down, None, None, None, None))
+    weights = _interruptible((_layer_name(key), weight) for key, weight in _weights(patched, keys))
+    changes, report = changes_of(weights, edit, preserved)
+    adapters = {
+        key: LoRAAdapter(set(), (change.up, change.down, None, None, None, None))
+        for key, change in zip(keys, changes.values(), strict=True)
+    }
     if settings.strength != 0:
         patched.add_patches(adapters, settings.strength)
     one = AppliedEdit(label, settings.strength, adapters)
     patched.set_attachments(KEY, (*applied_edits(patched), one))
-    count = len(constraints), int(constraints.moved.sum())
-    return patched, EditReport(tuple(layers), count, edit.rank, edit.condition)
+    return patched, report
 
 
-def without_edits(model: Any) -> Any:
+def without_edits(model: ModelPatcher) -> ModelPatcher:
     """A clone of a MODEL without the edits it carries; other patches stay."""
     ours = {id(patch) for edit in applied_edits(model) for patch in edit.adapters.values()}
     clone = model.clone()
@@ -139,7 +145,7 @@ def without_edits(model: Any) -> Any:
     return clone
 
 
-def chosen_keys(model: Any, layers: str, with_to_k: bool) -> list[str]:
+def chosen_keys(model: ModelPatcher, layers: str, with_to_k: bool) -> list[str]:
     """Keys of the weights to edit.
 
     Raises:
@@ -157,7 +163,7 @@ def chosen_keys(model: Any, layers: str, with_to_k: bool) -> list[str]:
     return [f"{_PREFIX}{name}.{part}.weight" for name in chosen for part in projections]
 
 
-def total_changes(model: Any) -> dict[str, LowRank]:
+def total_changes(model: ModelPatcher) -> dict[str, LowRank]:
     """Weight key -> the sum of all edits a MODEL carries.
 
     Raises:
@@ -176,12 +182,23 @@ def total_changes(model: Any) -> dict[str, LowRank]:
     return {key: LowRank.total(changes) for key, changes in found.items()}
 
 
-def _weights(model: Any, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def _layer_name(key: str) -> str:
+    return key.removeprefix(_PREFIX).removesuffix(".weight")
+
+
+def _interruptible(items: Iterable[T]) -> Iterator[T]:
+    # Passes items on; a press on the interface's stop button ends the work between two of them.
+    for item in items:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield item
+
+
+def _weights(model: ModelPatcher, keys: Sequence[str]) -> Iterator[tuple[str, Weight]]:
     # As ComfyUI itself computes them when it loads a model, in fp32; nothing is loaded or changed.
     device = comfy.model_management.get_torch_device()
     entries = model.get_key_patches(_PREFIX)
 
-    def weight(key: str) -> Tensor:
+    def weight(key: str) -> Weight:
         (stored, convert), *patches = entries[key]
         cast = comfy.model_management.cast_to_device(stored, device, torch.float32, copy=True)
         return comfy.lora.calculate_weight(patches, convert(cast, inplace=True), key)

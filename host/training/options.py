@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...perfusion.text.lines import lines_of
 from ...perfusion.training.config import RateSchedule, TrainingSettings, check_choices
 from ..pictures.training_images import ImageOptions
-from ..text.lines import lines_of
 from .private_copy import Precision
 
 Resume = Literal["unfinished", "always", "never"]

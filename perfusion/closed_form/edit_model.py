@@ -10,19 +10,21 @@ The model stays as it was; the edit is a value that can be applied, taken back, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..text.encoded_prompt import EncodedPrompt, EncodePrompts
+from ..shapes import Weight
+from ..text.encoded_prompt import EncodePrompts
+from .changes import changes_of
+from .constraints import Constraints
 from .low_rank import LowRank
 from .preserve import Preserved
-from .report import EditReport, measure_layer
-from .solver import Constraints, SolvedEdit, solve
+from .report import EditReport
+from .solver import solve
 from .time import RIDGE, time_constraints
 
 
@@ -44,13 +46,13 @@ class ModelEdit:
     def apply(self, strength: float = 1.0) -> None:
         """Add the changes to the weights for good; a further edit then builds on them."""
         for name, change in self.changes.items():
-            weight: Any = self.projections[name].weight
+            weight = _weight(self.projections[name])
             weight += (strength * change.dense()).to(weight)
 
     @contextmanager
     def applied(self, strength: float = 1.0) -> Iterator[None]:
         """The changes on the weights within a `with` block; afterwards the same bits as before."""
-        weights: dict[str, Any] = {name: self.projections[name].weight for name in self.changes}
+        weights = {name: _weight(self.projections[name]) for name in self.changes}
         before = {name: weight.detach().clone() for name, weight in weights.items()}
         try:
             self.apply(strength)
@@ -77,6 +79,8 @@ def edit_model(
         model: with cross-attention modules that own `to_k` and `to_v`, such as diffusers'
             UNet2DConditionModel.
         encode: from `prompt_encoder`, or anything that gives the model's own encodings.
+        source_prompt: what leaves something open.
+        destination_prompt: the same with words added.
         lamb: the ridge lambda.
         with_to_k: edit the keys besides the values.
         with_augs: edit in the paper's four prompts instead of one.
@@ -91,42 +95,42 @@ def edit_model(
 
 def edit_with(
     model: nn.Module,
-    constraints: Constraints,
+    constraints: Constraints | Iterable[Constraints],
     ridge: float,
     with_to_k: bool = True,
     preserved: Preserved | None = None,
 ) -> ModelEdit:
-    """Any builder's constraints on any model; see `edit_model`."""
-    projections = find_projections(model, constraints.width, with_to_k)
+    """Any builder's constraints on any model; see `edit_model` for the rest.
+
+    Args:
+        model: as in `edit_model`.
+        constraints: all of them, or parts of them one after the other.
+        ridge: lambda.
+        with_to_k: edit the keys besides the values.
+        preserved: what to hold besides.
+
+    Raises:
+        ValueError: for constraints that cannot be met, and for a model without such projections.
+    """
     edit = solve(constraints, ridge, preserved.prior if preserved else None)
-    return changes_of(projections, edit, preserved)
-
-
-def changes_of(
-    projections: Mapping[str, nn.Module], edit: SolvedEdit, preserved: Preserved | None = None
-) -> ModelEdit:
-    """A solved edit's changes of these projections, with their figures."""
-    changes, layers = {}, []
-    sample = preserved.sample if preserved else None
-    for name, module in projections.items():
-        weight: Any = module.weight
-        try:
-            changes[name] = edit.factors(weight)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        layers.append(measure_layer(name, weight, changes[name], edit, sample))
-    count = len(edit.constraints), int(edit.constraints.moved.sum())
-    return ModelEdit(
-        projections, changes, EditReport(tuple(layers), count, edit.rank, edit.condition)
-    )
+    projections = find_projections(model, edit.width, with_to_k)
+    weights = ((name, _weight(module)) for name, module in projections.items())
+    return ModelEdit(projections, *changes_of(weights, edit, preserved))
 
 
 def find_projections(model: nn.Module, width: int, with_to_k: bool = True) -> dict[str, nn.Module]:
     """Name -> module of the text's value (and key) projections of a model, in module order.
 
     Cross-attention is a module that owns `to_k` and `to_v` and is named `attn2` or says
-    `is_cross_attention` of itself. Raises ValueError when there is none, and when they read
-    encodings of another width.
+    `is_cross_attention` of itself.
+
+    Args:
+        model: the network.
+        width: D, that of the text encodings.
+        with_to_k: the keys besides the values.
+
+    Raises:
+        ValueError: when there is none, and when they read encodings of another width.
     """
     parts = ("to_k", "to_v") if with_to_k else ("to_v",)
     found: dict[str, nn.Module] = {}
@@ -152,41 +156,8 @@ def find_projections(model: nn.Module, width: int, with_to_k: bool = True) -> di
     return found
 
 
-def prompt_encoder(tokenizer: Any, text_encoder: Any) -> EncodePrompts:
-    """An encoder for prompts from a tokenizer and a text encoder of the transformers library.
-
-    Prompts are padded to the tokenizer's length; the last hidden state is used, as Stable Diffusion
-    1.x and 2.x do. The tokenizer must give start (if it has one), words, end, padding, in this
-    order. Raises ValueError for a prompt that is too long.
-    """
-
-    def encode(prompts: Any) -> list[EncodedPrompt]:
-        prompts = list(prompts)
-        if not prompts:
-            return []
-        length = tokenizer.model_max_length
-        rows: list[list[int]] = tokenizer(prompts, padding="max_length")["input_ids"]
-        for prompt, row in zip(prompts, rows, strict=True):
-            if len(row) > length:
-                raise ValueError(
-                    f"the prompt {prompt!r} is too long: expected at most {length} tokens, found "
-                    f"{len(row)}; shorten it"
-                )
-        device = next(text_encoder.parameters()).device
-        with torch.no_grad():
-            encodings: Tensor = text_encoder(torch.tensor(rows, device=device))[0]
-        return [_prompt(tokenizer, *each) for each in zip(prompts, rows, encodings, strict=True)]
-
-    return encode
-
-
-def _prompt(tokenizer: Any, text: str, row: list[int], encodings: Tensor) -> EncodedPrompt:
-    first = int(tokenizer.bos_token_id is not None and row[0] == tokenizer.bos_token_id)
-    pieces = [readable(piece) for piece in tokenizer.convert_ids_to_tokens(row)]
-    end = row.index(tokenizer.eos_token_id, first)
-    return EncodedPrompt(text, tuple(row), tuple(pieces), first, end, encodings.detach())
-
-
-def readable(piece: str) -> str:
-    """A vocabulary entry as `EncodedPrompt.pieces` wants it: the end of a word is a space."""
-    return piece.replace("</w>", " ")
+def _weight(module: nn.Module) -> Weight:
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"expected a projection with a weight, found {type(module).__name__}")
+    return weight

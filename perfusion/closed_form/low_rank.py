@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from ..shapes import Weight
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A change ``up @ down`` (d, D) of one weight: up (d, r), down (r, D)."""
+    """A change ``up @ down`` of one weight, as two factors of a small rank r."""
 
-    up: Tensor
-    down: Tensor
+    up: Annotated[Tensor, "d r"]
+    down: Annotated[Tensor, "r D"]
 
     def __post_init__(self) -> None:
         if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
@@ -28,8 +31,8 @@ class LowRank:
         """r, the number of columns kept; the change's own rank is at most this."""
         return self.up.shape[1]
 
-    def dense(self) -> Tensor:
-        """The change itself, (d, D)."""
+    def dense(self) -> Weight:
+        """The change itself."""
         return self.up @ self.down
 
     def norm(self) -> float:
@@ -43,7 +46,11 @@ class LowRank:
 
     @classmethod
     def total(cls, changes: Sequence[LowRank]) -> LowRank:
-        """The sum of several changes of one weight, exactly. Raises ValueError for none."""
+        """The sum of several changes of one weight, exactly.
+
+        Raises:
+            ValueError: for no change at all.
+        """
         if not changes:
             raise ValueError("expected at least one change to add up, found none")
         return cls(
@@ -55,10 +62,20 @@ class LowRank:
         """The nearest change of at most this rank, and the relative error (Frobenius) it makes.
 
         Balanced factors: both hold the square root of the singular values, so that neither leaves
-        the range of fp16. Without a rank only what is numerically zero is left out.
+        the range of fp16.
+
+        Args:
+            rank: at least 1; None leaves out only what is numerically zero.
+
+        Raises:
+            ValueError: for a rank below 1, and for factors that hold NaN or infinity.
         """
         if rank is not None and rank < 1:
             raise ValueError(f"expected a rank of at least 1, found {rank}")
+        if not bool(torch.isfinite(self.up).all() and torch.isfinite(self.down).all()):
+            raise ValueError(
+                "expected a change of finite numbers, found NaN or infinity; edit the model again"
+            )
         basis, triangle = torch.linalg.qr(self.down.double().mT)  # (D, m), (m, r)
         outer = self.up.double() @ triangle.mT
         # The singular values of the change, through the small Gram matrix; ascending.
@@ -80,8 +97,15 @@ def lora_tensors(
 ) -> dict[str, Tensor]:
     """LoRA content that every loader reads: `<name>.lora_up.weight`, `.lora_down.weight`, `.alpha`.
 
-    ``changes`` maps a layer's name in the wanted naming scheme to its change; alpha equals the
-    rank, so strength 1 is the change as it is. Raises ValueError for values the dtype cannot hold.
+    Args:
+        changes: a layer's name in the wanted naming scheme -> its change.
+        dtype: of the factors; alpha is fp32.
+
+    Returns:
+        The tensors; alpha equals the rank, so that strength 1 is the change as it is.
+
+    Raises:
+        ValueError: for values the dtype cannot hold, and when no layer is changed.
     """
     tensors: dict[str, Tensor] = {}
     for name, change in changes.items():
@@ -94,7 +118,8 @@ def lora_tensors(
             )
         tensors[f"{name}.lora_up.weight"] = up
         tensors[f"{name}.lora_down.weight"] = down
-        tensors[f"{name}.alpha"] = torch.tensor(float(change.rank), dtype=dtype)
+        # Half precision cannot hold every rank: 257 would be read as 256 or 258.
+        tensors[f"{name}.alpha"] = torch.tensor(float(change.rank), dtype=torch.float32)
     if not tensors:
         raise ValueError("the edit changes no layer: there is nothing to save")
     return tensors

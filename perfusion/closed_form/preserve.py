@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..gated.covariance import Covariance
+from ..shapes import Moment
 from ..text.encoded_prompt import EncodedPrompt
+from .even_sample import EvenSample, Rows
 
 SAMPLE = 64
 
@@ -19,46 +20,54 @@ class Preserved:
     """Prompts and statistics to preserve.
 
     Attributes:
-        prior: P, (D, D) fp64: weight times the sum over all tokens of the prompts, plus the
-            statistics' mean over tokens times their own weight.
-        sample: encodings (at most 64, D) among the preserved ones, to measure the drift on.
+        prior: P, fp64: weight times the sum over all tokens of the prompts, plus the statistics'
+            mean over tokens times their own weight.
+        sample: at most 64 of the preserved encodings, to measure the drift on.
         texts: the prompts.
     """
 
-    prior: Tensor
-    sample: Tensor
+    prior: Moment
+    sample: Rows
     texts: tuple[str, ...]
 
 
 def preserve(
-    prompts: Sequence[EncodedPrompt],
+    prompts: Iterable[EncodedPrompt],
     weight: float,
     covariance: Covariance | None = None,
     covariance_weight: float = 0.0,
 ) -> Preserved:
     """Preserve these prompts, every token, padding included, and what the statistics stand for.
 
-    ``weight``: how much each token counts beside a constraint's 1. ``covariance_weight``: as how
-    many tokens the statistics count. Raises ValueError when nothing is to be preserved.
+    Args:
+        prompts: looked at once, one after the other.
+        weight: how much each token counts beside a constraint's 1.
+        covariance: statistics of captions.
+        covariance_weight: as how many tokens the statistics count.
+
+    Raises:
+        ValueError: when nothing is to be preserved, for negative weights, and for statistics of
+            encodings of another width.
     """
-    if covariance is None and not prompts:
-        raise ValueError("expected prompts or statistics to preserve, found neither")
     if weight < 0 or covariance_weight < 0:
         raise ValueError(f"expected weights of at least 0, found {weight} and {covariance_weight}")
-    priors, samples = [], []
-    if prompts:
-        rows = torch.cat([prompt.encodings[prompt.first :] for prompt in prompts])
-        rows = rows.detach().to("cpu", torch.float64)
-        priors.append(weight * rows.mT @ rows)
-        step = -(-len(rows) // SAMPLE)
-        samples.append(rows[::step])
-    if covariance is not None:
-        if prompts and covariance.width != priors[0].shape[0]:
+    prior = None if covariance is None else covariance_weight * covariance.matrix
+    sample, texts = EvenSample(SAMPLE), []
+    for prompt in prompts:
+        rows = prompt.encodings[prompt.first :].detach().to("cpu", torch.float64)
+        width = rows.shape[1]
+        if prior is None:
+            prior = torch.zeros(width, width, dtype=torch.float64)
+        if len(prior) != width:
             raise ValueError(
-                f"the statistics are of encodings {covariance.width} wide, the prompts' are "
-                f"{priors[0].shape[0]} wide; measure them with this text encoder"
+                f"the statistics are of encodings {len(prior)} wide, the prompts' are "
+                f"{width} wide; measure them with this text encoder"
             )
-        priors.append(covariance_weight * covariance.matrix)
-    width = priors[0].shape[0]
-    sample = samples[0] if samples else torch.zeros(0, width, dtype=torch.float64)
-    return Preserved(torch.stack(priors).sum(0), sample, tuple(each.text for each in prompts))
+        prior.addmm_(rows.mT, rows, alpha=weight)
+        sample.add(rows)
+        texts.append(prompt.text)
+    if prior is None:
+        raise ValueError("expected prompts or statistics to preserve, found neither")
+    kept = sample.rows()
+    none = torch.zeros(0, len(prior), dtype=torch.float64)
+    return Preserved(prior, kept[0] if kept else none, tuple(texts))

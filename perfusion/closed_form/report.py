@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..shapes import Weight
+from .constraints import Constraints
+from .even_sample import Rows
 from .low_rank import LowRank
-from .solver import SolvedEdit
-
-_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,22 @@ class EditReport:
 
 
 def measure_layer(
-    name: str, weight: Tensor, change: LowRank, edit: SolvedEdit, preserved: Tensor | None = None
+    name: str, weight: Weight, change: LowRank, asked: Constraints, preserved: Rows | None = None
 ) -> LayerReport:
-    """Figures of one projection ``weight`` (d, D), on at most 64 constraints and preserved rows.
+    """Figures of one projection.
 
-    ``preserved``: encodings (m, D) or None.
+    Args:
+        name: of the projection.
+        weight: as it was before the change.
+        change: of the weight.
+        asked: the constraints to look at, each asking for a change.
+        preserved: encodings to measure the drift on.
     """
-    asked = edit.constraints
-    moved = asked.moved
-    step = max(1, -(-int(moved.sum()) // _ROWS))
-    inputs, targets = (rows[moved][::step].to(change.up) for rows in (asked.inputs, asked.targets))
-    scale = asked.row_weights[moved][::step].sqrt().to(change.up)
-    kind = weight.detach().to(change.up.dtype)
-    wanted = ((targets - inputs) @ kind.mT) * scale[:, None]
-    done = (inputs @ change.down.mT @ change.up.mT) * scale[:, None]
+    inputs, targets = (rows.to(change.up) for rows in (asked.inputs, asked.targets))
+    scale = asked.row_weights.sqrt().to(change.up)[:, None]
+    kind = weight.detach().to(change.up)
+    wanted = ((targets - inputs) @ kind.mT) * scale
+    done = (inputs @ change.down.mT @ change.up.mT) * scale
     drift = None
     if preserved is not None and len(preserved):
         rows = preserved.to(change.up)

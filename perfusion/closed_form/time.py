@@ -11,8 +11,12 @@ encoding has beyond that of the word in front of it, as UCE adds attributes to a
 
 from __future__ import annotations
 
-from ..text.encoded_prompt import EncodedPrompt, EncodePrompts, check_prompt, match_in_order
-from .solver import Constraints
+import torch
+
+from ..text.encoded_prompt import EncodedPrompt, EncodePrompts, check_prompt
+from ..text.prompts import fill
+from .constraints import Constraints
+from .matching import match_in_order
 
 RIDGE = 0.1
 """lambda of the paper."""
@@ -30,19 +34,23 @@ def time_constraints(
 ) -> Constraints:
     """The constraints of one edit; solve them with ``RIDGE`` and no prior for the paper's edit.
 
-    ``carry`` (0 in the paper): how much of an added word's encoding the word behind it takes on,
-    or the word before it at the end of the prompt. ``with_padding`` (True in the paper): match end
-    and padding too, not only the words.
+    Args:
+        encode: gives the model's own encodings.
+        source: the prompt that leaves something open.
+        destination: the source with words added; an article may change ("a bag", "an old bag").
+        augment: ask in all of the paper's prompts instead of one.
+        carry: 0 in the paper; how much of an added word's encoding the word behind it takes on, or
+            the word before it at the end of the prompt.
+        with_padding: True in the paper; match end and padding too, not only the words.
 
     Raises:
-        ValueError: for an empty or equal prompt, and for a source word that the destination lacks.
+        ValueError: for an empty or equal prompt, for source words that the destination lacks, and
+            where all tokens of the source have their destination's encodings already.
     """
     source = check_prompt("source prompt", source)
     destination = check_prompt("destination prompt", destination)
     templates = AUGMENTATIONS if augment else AUGMENTATIONS[:1]
-    prompts = [
-        template.replace("{}", text) for template in templates for text in (source, destination)
-    ]
+    prompts = [fill(template, text) for template in templates for text in (source, destination)]
     encoded = encode(prompts)
     if encoded[0].tokens == encoded[1].tokens:
         raise ValueError(
@@ -50,18 +58,27 @@ def time_constraints(
             "nothing to edit; add to the destination what the model shall assume"
         )
     pairs = zip(encoded[::2], encoded[1::2], strict=True)
-    return Constraints.join([_matched(*pair, carry, with_padding) for pair in pairs])
+    asked = Constraints.join([_matched(*pair, carry, with_padding) for pair in pairs])
+    if not bool(asked.moved.any()):
+        raise ValueError(
+            f"every word of {source!r} has the encoding that it has in {destination!r} already: "
+            "the added words stand behind all others, and the text encoder reads from left to "
+            "right. Put them in front of a word, set carry above 0, or match the padding too"
+        )
+    return asked
 
 
 def _matched(
     source: EncodedPrompt, destination: EncodedPrompt, carry: float, with_padding: bool
 ) -> Constraints:
     matched = match_in_order(source, destination)
-    targets = destination.encodings[matched]
+    # In fp64, so that a sum of encodings is not rounded to the text encoder's own precision.
+    encodings = destination.encodings.to(torch.float64)
+    targets = encodings[matched]
     if carry:
         for at, position in _added(source, destination, matched):
             before = _before(destination, matched, position)
-            targets[at] += carry * (destination.encodings[position] - destination.encodings[before])
+            targets[at] += carry * (encodings[position] - encodings[before])
     count = None if with_padding else source.end
     return Constraints(source.encodings[:count], targets[:count])
 

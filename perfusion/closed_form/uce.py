@@ -1,7 +1,6 @@
-"""UCE: moderating and debiasing concepts, and preserving others (arXiv 2308.14761, section 4).
+"""UCE: replacing, moderating, debiasing and preserving concepts (arXiv 2308.14761, section 4).
 
-One vector stands for a concept, the encoding of its phrase's last token. (Erasing and replacing are
-in ``erase.py``.)
+One vector stands for a concept, the encoding of its phrase's last token.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..text.encoded_prompt import EncodePrompts, check_prompt
-from .solver import Constraints
+from .constraints import Constraints
+from .erasure import Erasure, swaps
+from .even_sample import Rows
 
 RIDGE = 0.5
 """lambda of the authors."""
@@ -65,10 +65,31 @@ class Debiasing:
         )
 
 
-def concept_vectors(encode: EncodePrompts, phrases: Sequence[str]) -> Tensor:
-    """(n, D): the encoding of the last token of each phrase alone."""
+def concept_vectors(encode: EncodePrompts, phrases: Sequence[str]) -> Rows:
+    """The encoding of the last token of each phrase alone.
+
+    Raises:
+        ValueError: for an empty phrase.
+    """
     checked = [check_prompt("phrase", phrase) for phrase in phrases]
     return torch.stack([found.encodings[found.last_word] for found in encode(checked)])
+
+
+def replacement_constraints(
+    encode: EncodePrompts, erasures: Sequence[Erasure], sentences: Sequence[str] = ("{}",)
+) -> Constraints:
+    """The last token of each phrase as the last token of its anchor, in every sentence.
+
+    Raises:
+        ValueError: for a sentence that has not one place for the phrase.
+    """
+    parts = []
+    for swap in swaps(encode, erasures, sentences):
+        last, other = swap.phrase.stop - 1, swap.anchor.stop - 1
+        parts.append(
+            Constraints(swap.source.encodings[[last]], swap.destination.encodings[[other]])
+        )
+    return Constraints.join(parts)
 
 
 def moderation_constraints(encode: EncodePrompts, phrases: Sequence[str]) -> Constraints:
@@ -81,7 +102,7 @@ def moderation_constraints(encode: EncodePrompts, phrases: Sequence[str]) -> Con
 def preserving_constraints(
     encode: EncodePrompts, phrases: Sequence[str], weight: float
 ) -> Constraints:
-    """Concepts that shall stay as they are."""
+    """Concepts that shall stay as they are, each counting as much as `weight` others."""
     inputs = concept_vectors(encode, phrases)
     return Constraints(inputs, inputs, torch.full((len(inputs),), float(weight)))
 
@@ -89,15 +110,18 @@ def preserving_constraints(
 def debias_constraints(encode: EncodePrompts, debiasings: Sequence[Debiasing]) -> Constraints:
     """Concepts pushed towards the attributes they show too rarely and away from the others.
 
-    v = W (c + sum_i alpha_i a_i) with alpha_i in proportion to the share that is missing. As in
-    the paper the shares are measured again after an edit, and a further edit follows until they
-    are met. Raises ValueError when the shares are met already.
+    v = W (c + sum_i alpha_i a_i) with alpha_i in proportion to the share that is missing, summed in
+    fp64. As in the paper the shares are measured again after an edit, and a further edit follows
+    until they are met.
+
+    Raises:
+        ValueError: when the shares are met already.
     """
     parts = []
     for debiasing in debiasings:
-        concept = concept_vectors(encode, [debiasing.concept])
-        attributes = concept_vectors(encode, debiasing.attributes)
-        pushes = torch.tensor(debiasing.pushes).to(attributes)
+        concept = concept_vectors(encode, [debiasing.concept]).to(torch.float64)
+        attributes = concept_vectors(encode, debiasing.attributes).to(torch.float64)
+        pushes = torch.tensor(debiasing.pushes, dtype=torch.float64).to(attributes)
         if not bool((pushes != 0).any()):
             raise ValueError(
                 f"the measured shares of {debiasing.concept!r} are the wanted ones: there is "

@@ -1,4 +1,4 @@
-"""A prompt as a model gets it, and which of its tokens answer to which of another prompt."""
+"""A prompt as a model gets it: tokens, pieces, encodings."""
 
 from __future__ import annotations
 
@@ -68,81 +68,6 @@ def check_prompt(role: str, text: str) -> str:
     if not stripped:
         raise ValueError(f"the {role} is empty: write a word or a phrase")
     return stripped
-
-
-def match_in_order(source: EncodedPrompt, destination: EncodedPrompt) -> list[int]:
-    """For every position of the source, its position in the destination.
-
-    Words are looked for from left to right, each behind the one before it; start, end and padding
-    answer to start, end and padding (TIME, section 4).
-
-    Raises:
-        ValueError: naming the first word of the source that the destination lacks.
-    """
-    found: list[int] = list(range(source.first))
-    at = destination.first
-    for position in range(source.first, source.end):
-        token = source.tokens[position]
-        while at < destination.end and destination.tokens[at] != token:
-            at += 1
-        if at == destination.end:
-            raise ValueError(
-                f"the word {whole_word(source, position)!r} of the source {source.text!r} is "
-                f"missing in the destination {destination.text!r} (or stands in another order); "
-                "write the destination as the source with words added"
-            )
-        found.append(at)
-        at += 1
-    return found + match_tail(source, destination)
-
-
-def match_tail(source: EncodedPrompt, destination: EncodedPrompt) -> list[int]:
-    """Positions in the destination for the source's end and padding; the last one may repeat."""
-    last = len(destination.tokens) - 1
-    count = len(source.tokens) - source.end
-    return [min(destination.end + step, last) for step in range(count)]
-
-
-def whole_word(prompt: EncodedPrompt, position: int) -> str:
-    """The word a token is a part of: its piece, joined with its neighbours of the same word.
-
-    A piece that ends with a space ends a word.
-    """
-    start = position
-    while start > prompt.first and not prompt.pieces[start - 1].endswith(" "):
-        start -= 1
-    stop = position
-    while stop + 1 < prompt.end and not prompt.pieces[stop].endswith(" "):
-        stop += 1
-    return "".join(prompt.pieces[start : stop + 1]).strip()
-
-
-def find_phrases(
-    prompt: EncodedPrompt, phrase: Sequence[int], other: EncodedPrompt, replacement: Sequence[int]
-) -> tuple[slice, slice]:
-    """Where two prompts differ: the phrase in one, its replacement in the other.
-
-    Raises:
-        ValueError: when there is no such place, or the prompts are not otherwise token for token
-            the same.
-    """
-    words, others = prompt.words, other.words
-    for at in starts_of(words, phrase):
-        rest = words[at + len(phrase) :]
-        if others == (*words[:at], *replacement, *rest):
-            return (
-                slice(prompt.first + at, prompt.first + at + len(phrase)),
-                slice(other.first + at, other.first + at + len(replacement)),
-            )
-    raise ValueError(
-        f"the prompts {prompt.text!r} and {other.text!r} differ in more than one phrase; put the "
-        "place for the phrase between spaces"
-    )
-
-
-def contains(row: Sequence[int], phrase: Sequence[int]) -> bool:
-    """Whether a phrase's tokens stand somewhere in a row."""
-    return bool(starts_of(row, phrase))
 
 
 def starts_of(row: Sequence[object], phrase: Sequence[object]) -> list[int]:

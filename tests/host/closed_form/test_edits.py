@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 
 import comfy.model_management
 import comfy.sd
@@ -14,17 +16,19 @@ from comfyui_perfusion.host.closed_form.prompts import PromptEncoder
 from comfyui_perfusion.host.closed_form.weight_patches import applied_edits, total_changes
 from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import UnsupportedModelError, cross_attentions
-from comfyui_perfusion.nodes.editing import (
-    PerfusionDebias,
-    PerfusionEditAssumption,
-    PerfusionEraseConcepts,
-    PerfusionPreserve,
-    PerfusionSaveEdit,
-)
+from comfyui_perfusion.nodes.debias import PerfusionDebias
+from comfyui_perfusion.nodes.edit_assumption import PerfusionEditAssumption
+from comfyui_perfusion.nodes.erase_concepts import PerfusionEraseConcepts
+from comfyui_perfusion.nodes.preserve import PerfusionPreserve
+from comfyui_perfusion.nodes.save_edit import PerfusionSaveEdit
 from comfyui_perfusion.nodes.training import PerfusionCovariance
+from comfyui_perfusion.perfusion.closed_form.constraints import Constraints
+from comfyui_perfusion.perfusion.closed_form.erasure import parse_erasures
+from comfyui_perfusion.perfusion.closed_form.mace import refinement_constraints
+from comfyui_perfusion.perfusion.closed_form.matching import match_in_order
 from comfyui_perfusion.perfusion.closed_form.solver import solve
 from comfyui_perfusion.perfusion.closed_form.time import time_constraints
-from comfyui_perfusion.perfusion.text.encoded_prompt import match_in_order
+from comfyui_perfusion.perfusion.closed_form.uce import replacement_constraints
 
 SOLVING = {"ridge": 0.1, "with_to_k": True, "strength": 1.0, "layers": "", "restart": False}
 SENTENCES = "a {}\na photo of a {} on the beach"
@@ -103,6 +107,46 @@ def test_a_missing_word_is_named_whole_even_when_it_is_several_tokens(worlds):
     word = "Zyxopterix"
     with pytest.raises(ValueError, match=rf"word '{word.lower()}' of the source"):
         assume(worlds.model("small"), worlds.clip("sd1"), f"a {word} here", "a red bird here")
+
+
+def test_an_article_may_change_with_the_added_word(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    edited, report = assume(model, clip, "a bag", "an expensive bag")
+    assert "of which 76 ask for a change" in report
+    assert difference(model, edited) > 1e-3
+
+
+def test_of_many_prompts_only_the_last_ones_asked_for_are_kept(worlds):
+    encode = PromptEncoder(worlds.clip("sd1"), keep=8)
+    first = weakref.ref(encode(["a cat"])[0])
+    alive = [weakref.ref(each) for each in encode.stream(f"a {n}" for n in range(80))]
+    gc.collect()
+    assert first() is None
+    assert sum(each() is not None for each in alive) == 8
+    asked = [f"a {n}" for n in range(12)]
+    assert [each.text for each in encode(asked)] == asked
+    (again,) = encode(["a 11"])
+    assert encode(["a 11"])[0] is again
+
+
+def test_many_erasures_in_parts_are_the_edit_of_all_together(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    lines = "cat -> animal\nbig dog -> animal\nhouse"
+    edited, report = erase(model, clip, lines)
+    encode, erasures = PromptEncoder(clip), parse_erasures(lines)
+    chosen = SENTENCES.splitlines()
+    together = Constraints.join(
+        [
+            refinement_constraints(encode, erasures, chosen),
+            replacement_constraints(encode, erasures, chosen),
+        ]
+    )
+    solved = solve(together, SOLVING["ridge"])
+    assert f"constraints: {len(together)}, of which {solved.moved} ask" in report
+    old, new = weights_of(model), weights_of(edited)
+    for key, weight in old.items():
+        wanted = weight + solved.factors(weight).dense()
+        torch.testing.assert_close(new[key], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_pictures_change_with_the_edit_and_not_at_strength_zero(worlds):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from perfusion.closed_form.mace import (
+from perfusion.closed_form.constraints import Constraints
+from perfusion.closed_form.erasure import (
     GENERIC_ANCHOR,
-    SENTENCES,
     Erasure,
     check_erasures,
     parse_erasures,
-    refinement_constraints,
-    replacement_constraints,
 )
+from perfusion.closed_form.mace import SENTENCES, refinement_constraints
+from perfusion.closed_form.matching import match_in_order, whole_word
 from perfusion.closed_form.preserve import preserve
-from perfusion.closed_form.solver import Constraints, solve
+from perfusion.closed_form.solver import solve
 from perfusion.closed_form.time import time_constraints
 from perfusion.closed_form.uce import (
     Debiasing,
@@ -23,9 +25,9 @@ from perfusion.closed_form.uce import (
     debias_constraints,
     moderation_constraints,
     preserving_constraints,
+    replacement_constraints,
 )
 from perfusion.gated.covariance import Covariance
-from perfusion.text.encoded_prompt import match_in_order, whole_word
 
 START, END, PAD = "<start>", "<end>", "<pad>"
 SENTENCE = ("a {} here",)
@@ -77,6 +79,37 @@ def test_a_source_word_missing_in_the_destination_is_named_whole(toy):
         time_constraints(toy, "a cat", "cat a")
     prompt = toy.prompt("one two-three-four five")
     assert whole_word(prompt, 3) == "twothreefour"
+
+
+def test_all_words_that_cannot_be_matched_are_named(toy):
+    with pytest.raises(ValueError, match=r"words 'big', 'dog' of the source .* are missing"):
+        time_constraints(toy, "a big cat and dog", "a small cat and bird")
+
+
+def test_an_article_may_change_with_the_word_behind_it(toy):
+    found = pairs(toy, "a bag", "an expensive bag")
+    assert found[:4] == [(START, START), ("a", "an"), ("bag", "bag"), (END, END)]
+    assert pairs(toy, "an owl on a chair", "a brown owl on an old chair")[1:6] == [
+        ("an", "a"),
+        ("owl", "owl"),
+        ("on", "on"),
+        ("a", "an"),
+        ("chair", "chair"),
+    ]
+    # The article asks for a change too: its counterpart is another token.
+    asked_for = time_constraints(toy, "a bag", "an expensive bag", augment=False)
+    assert asked_for.moved.tolist() == [False, *[True] * 11]
+
+
+def test_a_piece_of_a_word_is_no_article(toy):
+    with pytest.raises(ValueError, match="word 'atoll' of the source"):
+        time_constraints(toy, "a-toll", "an-toll big")
+
+
+def test_added_words_that_no_word_can_take_on_are_refused_with_the_remedy(toy):
+    with pytest.raises(ValueError, match=r"'a mug' has the encoding.*set carry above 0"):
+        time_constraints(toy, "a mug", "a mug blue", with_padding=False)
+    assert time_constraints(toy, "a mug", "a mug blue", True, 0.5, False).moved.any()
 
 
 def test_time_asks_for_every_token_in_every_prompt(toy):
@@ -202,6 +235,28 @@ def test_debiasing_pushes_by_the_share_that_is_missing(toy):
     torch.testing.assert_close(found.targets[0], doctor + 0.8 * woman - 0.8 * man)
     wanted = Debiasing("doctor", ("woman", "man"), (0.5, 0.5), (0.75, 0.25))
     torch.testing.assert_close(wanted.pushes, (0.25, -0.25))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_debiasing_adds_in_double_whatever_the_text_encoder_computes_in(toy, kind):
+    def rounded(prompts):
+        return [replace(each, encodings=each.encodings.to(kind)) for each in toy(prompts)]
+
+    asked_for = Debiasing("doctor", ("woman", "man"), (0.1, 0.9))
+    found = debias_constraints(rounded, [asked_for])
+    doctor, woman, man = concept_vectors(rounded, ["doctor", "woman", "man"]).double()
+    torch.testing.assert_close(
+        found.targets[0], doctor + 0.4 * woman - 0.4 * man, rtol=1e-15, atol=1e-14
+    )
+
+
+def test_what_is_carried_over_is_added_in_double_too(toy):
+    def rounded(prompts):
+        return [replace(each, encodings=each.encodings.half()) for each in toy(prompts)]
+
+    found = time_constraints(rounded, "a cat", "a red cat", False, carry=0.3)
+    _, article, red, cat = rounded(["a red cat"])[0].encodings[:4].double()
+    torch.testing.assert_close(found.targets[2], cat + 0.3 * (red - article), rtol=0, atol=1e-14)
 
 
 def test_debiasing_that_has_nothing_to_do_or_makes_no_sense_is_refused(toy):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from perfusion.closed_form.edit_model import edit_model, edit_with, find_projections, prompt_encoder
+from perfusion.closed_form.edit_model import edit_model, edit_with, find_projections
+from perfusion.closed_form.matching import match_in_order
 from perfusion.closed_form.preserve import preserve
 from perfusion.closed_form.solver import solve
 from perfusion.closed_form.time import time_constraints
-from perfusion.text.encoded_prompt import match_in_order
+from perfusion.closed_form.transformers_text import prompt_encoder
 
 WIDTH = 24
 

@@ -69,6 +69,18 @@ def test_lora_tensors_are_the_change_at_strength_one():
     )
 
 
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 257), (torch.float16, 2049)])
+def test_the_rank_is_written_exactly_whatever_the_factors_are_written_in(dtype, rank):
+    wide = LowRank(torch.ones(3, rank), torch.ones(rank, 2))
+    assert float(lora_tensors({"layer": wide}, dtype)["layer.alpha"]) == rank
+
+
+def test_a_change_that_is_not_finite_cannot_be_shortened():
+    broken = change(2).scaled(math.nan)
+    with pytest.raises(ValueError, match="change of finite numbers"):
+        broken.truncated(1)
+
+
 def test_what_cannot_be_saved_is_refused():
     with pytest.raises(ValueError, match="nothing to save"):
         lora_tensors({})
