@@ -188,7 +188,7 @@ def streamed(every: Iterable[Constraints]) -> Tensor:
 
 
 def at_scale(way: str, width: int, count: int) -> tuple[float, float, Tensor]:
-    """Processor seconds, peak memory beyond that of the start in GB, and M of one way."""
+    """Processor seconds, peak memory in GB beyond that of a run of two parts, and M of one way."""
     torch.set_num_threads(1)
     run = {"stacked": stacked, "streamed": streamed}[way]
     run(parts(width, 2 * PART))
