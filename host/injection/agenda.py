@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
+from comfy.model_sampling import ModelSamplingDiscrete
+from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.rank_one import Basis, combine
@@ -16,6 +20,14 @@ Acting = tuple[int, ...]
 """Numbers of the concepts that act, in their order."""
 
 _POINTS = 1000
+
+
+class NoiseSchedule(Protocol):
+    """What is needed of ComfyUI's `model_sampling`."""
+
+    def percent_to_sigma(self, percent: float) -> float:
+        """The noise level at a part of the sampling, 0 to 1."""
+        ...
 
 
 class Agenda:
@@ -83,14 +95,18 @@ class Agenda:
 
 
 class Clock:
-    """Tells from the noise level how far the sampling of one model is."""
+    """Tells from the noise level how far the sampling of one model is.
 
-    def __init__(self, sampling: Any) -> None:
-        self._sampling = sampling
+    All it needs of the noise schedule is read once, into a table on the CPU.
+    """
+
+    def __init__(self, sampling: NoiseSchedule) -> None:
+        self._sampling = weakref.ref(sampling)
+        self._ends: dict[float, float] = {}
         # ComfyUI puts the very ends outside of the schedule.
         self._points = torch.linspace(0, 1, _POINTS + 1, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
         # They fall from the noise's to the picture's end.
-        self._sigmas = torch.tensor([self._sigma(float(point)) for point in self._points])
+        self._sigmas = _sigmas(sampling, self._points)
 
     def acting(self, concepts: Sequence[Concept], sigma: float) -> set[int]:
         """The concepts whose range holds a noise level, as ComfyUI's timestep ranges hold it."""
@@ -98,7 +114,7 @@ class Clock:
             at
             for at, concept in enumerate(concepts)
             if concept.schedule is None
-            or self._sigma(concept.schedule.end) <= sigma <= self._sigma(concept.schedule.start)
+            or self._end(concept.schedule.end) <= sigma <= self._end(concept.schedule.start)
         }
 
     def progress(self, sigma: float) -> float:
@@ -110,5 +126,36 @@ class Clock:
         start, end = self._points[after - 1 : after + 1].tolist()
         return start + (end - start) * (higher - sigma) / (higher - lower)
 
-    def _sigma(self, percent: float) -> float:
-        return float(self._sampling.percent_to_sigma(percent))
+    def _end(self, percent: float) -> float:
+        if percent not in self._ends:
+            sampling = self._sampling()
+            if sampling is None:
+                raise RuntimeError("a noise schedule was deleted while it was sampled with")
+            self._ends[percent] = float(sampling.percent_to_sigma(percent))
+        return self._ends[percent]
+
+
+_clocks: WeakKeyDictionary[NoiseSchedule, Clock] = WeakKeyDictionary()
+
+
+def clock_of(sampling: NoiseSchedule) -> Clock:
+    """The clock of a noise schedule, made once for each.
+
+    Nodes such as ModelSamplingDiscrete put another noise schedule into the same model.
+    """
+    found = _clocks.get(sampling)
+    if found is None:
+        found = _clocks[sampling] = Clock(sampling)
+    return found
+
+
+def _sigmas(sampling: NoiseSchedule, points: Tensor) -> Tensor:
+    """The noise levels at parts of the sampling, as `percent_to_sigma` gives them one by one."""
+    if isinstance(sampling, ModelSamplingDiscrete) and _discrete(sampling):
+        # Its formula for all of them at once: each by itself would be read from the device.
+        return sampling.sigma((1.0 - points) * 999.0).detach().cpu().float()
+    return torch.tensor([float(sampling.percent_to_sigma(float(point))) for point in points])
+
+
+def _discrete(sampling: ModelSamplingDiscrete) -> bool:
+    return type(sampling).percent_to_sigma is ModelSamplingDiscrete.percent_to_sigma

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from ...perfusion.concept.concept import Concept
 from ..models.families import Family, check_clip, cross_attentions, family_named, family_of
 from ..text.placeholders import with_placeholders
-from ..text.twin import with_twins
+from ..text.twin_encoder import with_twins
 from .agenda import Agenda
 from .injection import KEY, ConceptInjection, set_injection
 
@@ -46,8 +46,7 @@ def apply_concepts(
         patched.set_attachments(_LOCK, key_lock)
     agenda = Agenda(active, [layer.name for layer in cross_attentions(model.model)])
     set_injection(patched, ConceptInjection(agenda, key_lock == "global") if active else None)
-    patched_clip = with_placeholders(clip, concepts)
-    return patched, with_twins(patched_clip, concepts) if key_lock == "global" else patched_clip
+    return patched, with_twins(with_placeholders(clip, concepts), concepts)
 
 
 def applied_concepts(model: Any) -> tuple[Concept, ...]:

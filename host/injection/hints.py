@@ -1,82 +1,61 @@
-"""What a user would want to know when a concept had nothing to do in a sampling run."""
+"""What a user would want to know of a sampling run, from what its conditionings say of themselves.
+
+The text encoder writes into a conditioning which placeholders it knew and which of them it found
+(see `text.twin_encoder`). Nothing is guessed from gates: an empty prompt may open one a little,
+and a word that resembles the concept opens it more.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ...perfusion.concept.concept import Concept
-from .agenda import Acting
+from ..text.twin import placeholders_in
+from ..text.twin_encoder import SPOKEN, Spoken
 
-logger = logging.getLogger("perfusion")
-
-# A gate that opens less than this has no visible effect.
-_SHUT = 0.1
-# A gate this open belongs to the placeholder itself; the superclass word stays below it.
-_OPEN = 0.8
+Conditioning = Mapping[str, Any]
+"""One entry of a sampling run's conditionings, as ComfyUI's guiders hold them."""
 
 
-class Hints:
-    """Watches the gates of a run and says at its end, once for each concept, what was odd."""
+def prompt_hints(
+    concepts: Sequence[Concept], conditionings: Iterable[Conditioning], global_lock: bool
+) -> list[str]:
+    """One sentence for each concept that the prompts of a run leave without effect."""
+    known: set[str] = set()
+    present: set[str] = set()
+    locked: set[str] = set()
+    for conditioning in conditionings:
+        spoken = conditioning.get(SPOKEN)
+        if isinstance(spoken, Spoken):
+            known |= spoken.known
+            present |= spoken.present
+        locked |= placeholders_in(conditioning.get("cross_attn"))
+    present |= locked
+    hints = []
+    for word in (concept.placeholder for concept in concepts):
+        if word not in present:
+            hints.append(
+                f"no prompt says {word}, so its concept has little to do: write {word} where the "
+                "concept should be"
+                if word in known
+                else f"no prompt was encoded by a text encoder that knows {word}: use the CLIP "
+                f"output of the node that applied the concept, and write {word} in the prompt"
+            )
+        elif global_lock and word not in locked:
+            hints.append(
+                f"a node between the prompt and the sampler changes the encoding of {word} in a "
+                "way that loses the everyday word's encoding beside it, so its keys are not "
+                "locked; use local key lock with that node"
+            )
+    return hints
 
-    def __init__(self, concepts: Sequence[Concept], global_lock: bool) -> None:
-        self._concepts = concepts
-        self._global_lock = global_lock
-        self._seen: dict[int, Tensor] = {}
-        self._peaks: list[tuple[Acting, Tensor]] = []
-        self._twins = False
-        self._ran = False
-        self._given: set[tuple[int, str]] = set()
 
-    def watch(self, gates: Mapping[Acting, Tensor], has_twin: bool) -> None:
-        """Note the gates (B, N, k) of one model call, by the concepts that act."""
-        self._ran = True
-        self._twins = self._twins or has_twin
-        for acting, opened in gates.items():
-            # The same tensor comes with every step; held, so that its id stays its own.
-            if id(opened) not in self._seen:
-                self._seen[id(opened)] = opened
-                self._peaks.append((acting, opened.flatten(0, -2).amax(0)))
-
-    def give(self) -> None:
-        """Log what there is to say of the run that ends."""
-        if not self._ran:
-            return
-        highest: dict[int, float] = {}
-        for acting, peaks in self._peaks:
-            for at, peak in zip(acting, peaks.tolist(), strict=True):
-                highest[at] = max(highest.get(at, 0.0), peak)
-        for at, concept in enumerate(self._concepts):
-            if at not in highest:
-                self._say(
-                    at,
-                    f"the schedule of {concept.placeholder!r} met no step of this sampling run; "
-                    "use more steps or a longer range",
-                )
-            elif highest[at] < _SHUT * min(1.0, abs(concept.gate.strength)):
-                self._say(
-                    at,
-                    f"no word of the prompts opens the gate of {concept.placeholder!r}: write "
-                    f"{concept.placeholder} where the concept should be, and use the CLIP output "
-                    "of the node that applied it",
-                )
-            elif self._global_lock and not self._twins and highest[at] > _OPEN:
-                self._say(
-                    at,
-                    f"a prompt speaks of {concept.placeholder!r} but was not encoded for global "
-                    "key lock, so its keys are not locked; use the CLIP output of the node that "
-                    "applied the concept",
-                )
-
-    def clear(self) -> None:
-        """Forget the run."""
-        self._seen.clear()
-        self._peaks.clear()
-        self._twins = self._ran = False
-
-    def _say(self, at: int, text: str) -> None:
-        if (at, text) not in self._given:
-            self._given.add((at, text))
-            logger.warning("%s", text)
+def schedule_hints(concepts: Sequence[Concept], acted: set[int]) -> list[str]:
+    """One sentence for each concept whose schedule met no step of a run."""
+    return [
+        f"the schedule of {concept.placeholder} met no step of this sampling run; use more steps "
+        "or a longer range"
+        for at, concept in enumerate(concepts)
+        if at not in acted
+    ]

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
 import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.rank_one import project
-from ..models.families import cross_attentions
+from ..interface.messages import warn
+from ..models.families import CrossAttention, cross_attentions
 from ..text.twin import untwined
-from .agenda import Acting, Agenda, Clock
-from .dispatch import Dispatcher, Projection, install, uninstall
-from .encoding_cache import RunCache, SharedInputs
-from .hints import Hints
+from .agenda import Agenda, clock_of
+from .control import give_superclass_encodings
+from .dispatch import (
+    Dispatcher,
+    ModelCall,
+    Projection,
+    install,
+    install_call,
+    uninstall,
+    uninstall_call,
+)
+from .hints import prompt_hints, schedule_hints
+from .shared_inputs import SharedInputs, followed
 
 KEY = "perfusion"
 
-_APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 _OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+_SAMPLER_SAMPLE = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE
 
 
 class InjectedProjection:
@@ -88,16 +102,16 @@ class TwinKeys:
 class InjectedModel:
     """The edit of one injected model: its shared inputs and all its projections."""
 
-    def __init__(self, model: Any, agenda: Agenda) -> None:
+    def __init__(self, model: BaseModel, agenda: Agenda) -> None:
         self.model_id = id(model)
-        self.cache = RunCache()
         self._agenda = agenda
         self._groups = {group: SharedInputs(group, agenda) for group in agenda.groups.values()}
         self._edits: list[tuple[Dispatcher, InjectedProjection]] = []
-        self._clock: tuple[Any, Clock] | None = None
         self._hooked = False
 
-    def add(self, owner: int, layer: Any, concepts: Sequence[Concept], twin_keys: bool) -> None:
+    def add(
+        self, owner: int, layer: CrossAttention, concepts: Sequence[Concept], twin_keys: bool
+    ) -> None:
         """Put the edit of one cross-attention in place."""
         group = self._agenda.groups[layer.name]
         if not group:
@@ -114,37 +128,29 @@ class InjectedModel:
         self._put(owner, layer.to_v, InjectedProjection(shared, values, superclasses))
 
     def begin(
-        self, model: Any, sigma: Tensor, name: Any, encodings: Tensor, keys: Tensor
-    ) -> Tensor:
-        """Make everything ready outside of a compiled region.
+        self, encodings: Tensor, keys: Tensor, moment: tuple[set[int], float] | None, hooked: bool
+    ) -> None:
+        """Make everything ready for a model call, outside of a compiled region.
 
-        Returns the encodings to call the model with.
+        Args:
+            encodings: (B, N, D) as the layers will get them.
+            keys: (B, N, D) that global key lock makes keys of.
+            moment: the concepts that act and how far the sampling is; None without schedules.
+            hooked: whether hooks of conditionings patch other weights in.
         """
-        acting, progress = None, 0.0
-        if self._agenda.scheduled:
-            clock, level = self._clock_of(model), float(sigma.flatten()[0])
-            acting = clock.acting(self._agenda.concepts, level)
-            progress = clock.progress(level)
+        acting, progress = (None, 0.0) if moment is None else moment
         changed = [group for group in self._groups.values() if group.act(acting)]
-        # Hooks of conditionings patch other weights in, and the locked keys are made with them.
-        hooked = getattr(model.current_patcher, "current_hooks", None) is not None
         for dispatcher, edit in self._edits:
             if not edit.shared.acting:
                 continue
+            # The locked keys are made with the weights.
             if edit.outputs is None or hooked or self._hooked:
                 edit.prepare(dispatcher.original, encodings.device, encodings.dtype)
             elif edit.shared in changed:
                 edit.choose()
         self._hooked = hooked
-        entry = self.cache.entry(name, encodings, keys)
         for group in self._groups.values():
-            group.begin(entry, progress)
-        return entry.encodings
-
-    def acting(self) -> dict[Acting, Tensor]:
-        """The gates (B, N, k) of the call at hand, by the concepts that act."""
-        groups = [group for group in self._groups.values() if group.gates is not None]
-        return {group.acting: group.gates for group in groups if group.gates is not None}
+            group.begin(encodings, keys, progress)
 
     def forget(self) -> None:
         """Drop the tensors of the last call."""
@@ -155,12 +161,6 @@ class InjectedModel:
         dispatcher = install(module)
         dispatcher.put(owner, edit)
         self._edits.append((dispatcher, edit))
-
-    def _clock_of(self, model: Any) -> Clock:
-        # Nodes such as ModelSamplingDiscrete put another noise schedule into the same model.
-        if self._clock is None or self._clock[0] is not model.model_sampling:
-            self._clock = model.model_sampling, Clock(model.model_sampling)
-        return self._clock[1]
 
 
 class ConceptInjection:
@@ -175,27 +175,34 @@ class ConceptInjection:
         self.concepts = agenda.concepts
         self._agenda = agenda
         self._global_lock = global_lock
-        self._hints = Hints(agenda.concepts, global_lock)
         self._live: dict[int, InjectedModel] = {}
+        self._acted: set[int] = set()
+        self._level: tuple[weakref.ref[Tensor], float] | None = None
 
-    def inject(self, patcher: Any) -> None:
+    def inject(self, patcher: ModelPatcher) -> None:
         """Put the edit into the patcher's model. May be called again without an eject."""
         self.eject(patcher)
-        edit = InjectedModel(patcher.model, self._agenda)
-        for layer in cross_attentions(patcher.model):
+        model: Any = patcher.model
+        edit = InjectedModel(model, self._agenda)
+        for layer in cross_attentions(model):
             edit.add(id(patcher), layer, self.concepts, self._global_lock)
         self._live[id(patcher)] = edit
+        install_call(model, id(patcher), functools.partial(self.around_call, edit))
 
-    def eject(self, patcher: Any) -> None:
+    def eject(self, patcher: ModelPatcher) -> None:
         """Take the patcher's edit out of its model again, if it is there."""
-        for layer in cross_attentions(patcher.model):
+        model: Any = patcher.model
+        uninstall_call(model, id(patcher))
+        for layer in cross_attentions(model):
             uninstall(layer.to_k, id(patcher))
             uninstall(layer.to_v, id(patcher))
         self._live.pop(id(patcher), None)
 
-    def wrap_apply_model(
+    def around_call(
         self,
-        executor: Any,
+        edit: InjectedModel,
+        original: ModelCall,
+        model: BaseModel,
         x: Tensor,
         t: Tensor,
         c_concat: Tensor | None = None,
@@ -204,48 +211,64 @@ class ConceptInjection:
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Around each model call: outputs ready before it, no tensor of it kept after it."""
-        model = executor.class_obj
-        edits = [edit for edit in self._live.values() if edit.model_id == id(model)]
-        if not edits:
-            raise RuntimeError(
-                "the model is sampled with concepts applied but their edit is not in it; another "
-                "node removed the injection of this model, connect Apply Concepts after that node"
-            )
+        """Around each model call: everything ready before it, no tensor of it kept after it."""
         if c_crossattn is None:
             raise ValueError("the model is sampled with concepts but without a prompt")
         options = {} if transformer_options is None else transformer_options
-        names = options.get("uuids")
         encodings, keys = (
             comfy.model_management.cast_to_device(each, x.device, model.get_dtype_inference())
             for each in untwined(c_crossattn)
         )
-        for edit in edits:
-            name = None if names is None else tuple(names)
-            encodings = edit.begin(model, t, name, encodings, keys)
-            self._hints.watch(edit.acting(), keys is not encodings)
+        encodings = followed(encodings)
+        hooked = getattr(model.current_patcher, "current_hooks", None) is not None
+        edit.begin(encodings, keys, self._moment(model, options.get("sigmas", t)), hooked)
         try:
-            return executor(x, t, c_concat, encodings, control, options, **kwargs)
+            return original(x, t, c_concat, encodings, control, options, **kwargs)
         finally:
-            for edit in edits:
-                edit.forget()
+            edit.forget()
 
     def wrap_outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around each sampling run: nothing that belongs to it outlives it."""
-        try:
-            result = executor(*args, **kwargs)
-            self._hints.give()
-            return result
-        finally:
-            self._hints.clear()
-            for edit in self._live.values():
-                edit.cache.clear()
+        """Around each sampling run: what its conditionings lack is seen before it begins."""
+        conds = getattr(executor.class_obj, "conds", None) or {}
+        conditionings = [each for entries in conds.values() if entries for each in entries]
+        give_superclass_encodings(conditionings)
+        hints = prompt_hints(self.concepts, conditionings, self._global_lock)
+        if hints:
+            warn("\n".join(hints))
+        self._acted = set() if self._agenda.scheduled else set(range(len(self.concepts)))
+        result = executor(*args, **kwargs)
+        hints += schedule_hints(self.concepts, self._acted)
+        if len(self._acted) < len(self.concepts):
+            warn("\n".join(hints))
+        return result
+
+    def wrap_sampler(self, executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around a run's sampler, when the model is loaded: the edit must be in it by now."""
+        model = getattr(guider, "inner_model", None)
+        if model is not None and id(model) not in {each.model_id for each in self._live.values()}:
+            raise RuntimeError(
+                "the model is sampled with concepts applied but their edit is not in it; another "
+                "node removed the injection of this model, connect Apply Concepts after that node"
+            )
+        return executor(guider, *args, **kwargs)
+
+    def _moment(self, model: BaseModel, noise: Tensor) -> tuple[set[int], float] | None:
+        if not self._agenda.scheduled:
+            return None
+        # One tensor comes with all calls of a step; reading it makes the host wait for the device.
+        if self._level is None or self._level[0]() is not noise:
+            self._level = weakref.ref(noise), float(noise.flatten()[0])
+        clock = clock_of(model.model_sampling)
+        level = self._level[1]
+        acting = clock.acting(self.concepts, level)
+        self._acted |= acting
+        return acting, clock.progress(level)
 
 
-def set_injection(patcher: Any, injection: ConceptInjection | None) -> None:
+def set_injection(patcher: ModelPatcher, injection: ConceptInjection | None) -> None:
     """Give a patcher this one injection (None: none), replacing the one it has."""
-    patcher.remove_wrappers_with_key(_APPLY_MODEL, KEY)
     patcher.remove_wrappers_with_key(_OUTER_SAMPLE, KEY)
+    patcher.remove_wrappers_with_key(_SAMPLER_SAMPLE, KEY)
     patcher.remove_injections(KEY)
     if injection is None:
         return
@@ -253,5 +276,5 @@ def set_injection(patcher: Any, injection: ConceptInjection | None) -> None:
         KEY,
         [comfy.patcher_extension.PatcherInjection(injection.inject, injection.eject)],
     )
-    patcher.add_wrapper_with_key(_APPLY_MODEL, KEY, injection.wrap_apply_model)
     patcher.add_wrapper_with_key(_OUTER_SAMPLE, KEY, injection.wrap_outer_sample)
+    patcher.add_wrapper_with_key(_SAMPLER_SAMPLE, KEY, injection.wrap_sampler)

@@ -16,7 +16,7 @@ from ...perfusion.gated.covariance import Covariance
 from ...perfusion.training.config import TrainingConfig
 from ...perfusion.training.results import Progress, TrainingCallbacks, TrainingResult
 from ...perfusion.training.run import train_concept, training_fingerprint
-from .messages import tell
+from ..interface.messages import tell
 from .options import TrainingOptions
 from .runs import Run
 from .samples import Painter, SampleSettings, Strip, of_png, side_by_side, to_png

@@ -37,13 +37,14 @@ ROOMS = {
         "modules": ("gated", "concept", "training"),
     },
     "host": {
+        "interface": (),
         "models": (),
         "files": (),
-        "text": ("models",),
-        "injection": ("models", "text"),
+        "text": ("interface", "models"),
+        "injection": ("interface", "models", "text"),
         "pictures": ("models", "text", "injection"),
         "closed_form": ("files", "models", "text"),
-        "training": ("files", "models", "text", "injection", "pictures"),
+        "training": ("files", "interface", "models", "text", "injection", "pictures"),
     },
 }
 METHOD_NEEDS = {"torch", "einops", "safetensors"}

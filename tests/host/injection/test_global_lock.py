@@ -20,6 +20,7 @@ import nodes as comfy_nodes
 
 PROMPT = "a <a> and <b>, on the (beach:1.2)"
 TWIN_PROMPT = "a cat and cat, on the (beach:1.2)"
+WORDS = frozenset({"<a>"})
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 
 
@@ -318,7 +319,7 @@ def test_concepts_that_cannot_share_a_global_lock_are_refused(worlds, two):
 
 def test_tokenwise_functions_keep_the_twin_and_all_others_give_ordinary_tensors():
     first, second = torch.arange(12.0).reshape(1, 4, 3), -torch.arange(12.0).reshape(1, 4, 3)
-    pair = with_twin(first, second)
+    pair = with_twin(first, second, WORDS)
     plain = torch.ones(1, 4, 3)
     cases = [
         (torch.cat([pair, plain], 1), lambda x: torch.cat([x, plain], 1)),
@@ -337,7 +338,7 @@ def test_tokenwise_functions_keep_the_twin_and_all_others_give_ordinary_tensors(
         assert torch.equal(two, expected(second))
     for found in (pair @ torch.eye(3), torch.nn.functional.linear(pair, torch.eye(3)), pair.norm()):
         assert type(found) is torch.Tensor
-    changed = with_twin(first.clone(), second.clone())
+    changed = with_twin(first.clone(), second.clone(), WORDS)
     changed *= 2
     changed[:, 0] = 5.0
     one, two = untwined(changed)

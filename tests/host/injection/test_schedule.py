@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from comfyui_perfusion.host.injection import encoding_cache
+from comfyui_perfusion.host.injection import shared_inputs
 from comfyui_perfusion.host.injection.agenda import Clock
 from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
@@ -138,8 +138,9 @@ def test_outside_of_its_range_a_concept_changes_no_bit_and_computes_nothing(
     # Between two steps of the schedule.
     concepts = [scheduled(concept, 0.501, 0.502) for concept in two]
     patched, clip = apply_concepts(model, worlds.clip("sd1"), concepts)
-    for name in ("edited_inputs", "open_gates", "gated_inputs"):
-        monkeypatch.setattr(encoding_cache, name, lambda *_: pytest.fail("computed without need"))
+    monkeypatch.setattr(
+        shared_inputs, "gated_inputs", lambda *_: pytest.fail("computed without need")
+    )
     expected = worlds.sample(model, clip, PROMPT, 3)
     with caplog.at_level(logging.WARNING, logger="perfusion"):
         assert torch.equal(worlds.sample(patched, clip, PROMPT, 3), expected)

@@ -1,0 +1,1 @@
+"""What reaches the person at the graph."""
