@@ -43,11 +43,8 @@ from .modules.finetuning import (
     loss_fn_weighted_by_mask,
 )
 from .modules.open_clip import OpenClipEmbedWrapper
-from .modules.projections import (
-    Rank1EditModule,
-    make_key_value_proj_rank1_edit_modules_,
-    merge_rank1_edit_modules,
-)
+from .modules.projections import Rank1EditModule
+from .modules.wrapping import make_key_value_proj_rank1_edit_modules_, merge_rank1_edit_modules
 from .text.encoded_prompt import EncodedPrompt
 from .training.run import (
     Batch,

@@ -16,8 +16,8 @@ from perfusion import (
     calculate_input_covariance,
     merge_embedding_wrappers,
 )
-from perfusion.modules.concept_tokens import occurrences, real_tokens
 from perfusion.modules.open_clip import encode_tokens
+from perfusion.modules.token_rows import occurrences, real_tokens
 
 PROMPTS = ["a portrait of dog", "dog running through a green field", "a man walking his dog"]
 DIM, VOCABULARY = 32, 49408
