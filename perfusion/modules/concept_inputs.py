@@ -21,7 +21,7 @@ from ..gated.gate import Gate
 from ..gated.rank_one import Basis, Direction, combine, gated_inputs
 from ..shapes import Encodings, Gates, Vector
 from .concept_vectors import VECTORS, ConceptVectors
-from .following import Averages, Batch, Latest, Step, check_places, mean_at
+from .following import Averages, Batch, Step, check_places, mean_at
 from .kept import Kept
 
 logger = logging.getLogger("perfusion")
@@ -123,18 +123,16 @@ class ConceptInputs(ConceptVectors):
                 and a concept whose dual was made with a covariance that is not at hand.
         """
         step = self._steps.get(concept)
+        if step is not None and step.shows_again(encodings, places, superclass):
+            return
         batch = None if step is None else step.find(encodings, places)
-        repeated = step is not None and step.latest is not None and step.latest.batch is batch
         if step is None or batch is None:
             step, batch = self._begin(concept, step, encodings, places, superclass)
         elif batch.superclass is None and superclass is not None:
             batch.superclass = self._seen("superclass", superclass, places)
-            repeated = False
-        batch.times += 1
-        step.latest = Latest(encodings, places, batch)
-        if not repeated:
-            newest = batch.encoding.to(self.i), batch.superclass
-            self._put(concept, step.start.towards(*newest, self.input_decay))
+        step.shows(batch, encodings, places)
+        moved = step.start.towards(batch.encoding, batch.superclass, self.input_decay)
+        self._put(concept, moved)
 
     def end_step(self) -> None:
         """Say that an optimiser step is over: the next encoding is the next step's."""

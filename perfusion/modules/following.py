@@ -10,6 +10,7 @@ mean over all its batches, as if they had been one.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +61,23 @@ class Step:
     batches: list[Batch] = field(default_factory=list)
     latest: Latest | None = None
 
+    def shows(self, batch: Batch, encodings: Encodings, places: Tensor) -> None:
+        """Count a batch that a layer shows."""
+        batch.times += 1
+        self.latest = Latest(encodings, places, batch)
+
+    def shows_again(
+        self, encodings: Encodings, places: Tensor, superclass: Encodings | None
+    ) -> bool:
+        """Whether these are the very tensors shown last; then they are counted."""
+        latest = self.latest
+        if latest is None or not latest.is_of(encodings, places):
+            return False
+        if superclass is not None and latest.batch.superclass is None:
+            return False
+        latest.batch.times += 1
+        return True
+
     def find(self, encodings: Encodings, places: Tensor | None = None) -> Batch | None:
         """The batch of these encodings; without ``places``, by those of each batch."""
         if self.latest is not None and self.latest.is_of(encodings, places):
@@ -78,10 +96,10 @@ class Step:
     def ended(self, decay: float) -> Averages:
         """The averages after the step: moved towards the mean over its batches."""
         # Every layer shows each batch equally often, so this weighs batches by their prompts.
-        shown = [batch for batch in self.batches if batch.superclass is not None]
-        encoding = _mean([(b.encoding, b.times * len(b.places)) for b in self.batches])
-        superclass = _mean([(b.superclass, b.times * len(b.places)) for b in shown])
-        assert encoding is not None
+        weights = [batch.times * len(batch.places) for batch in self.batches]
+        encoding = _mean([batch.encoding for batch in self.batches], weights)
+        assert encoding is not None  # a step begins with a batch
+        superclass = _mean([batch.superclass for batch in self.batches], weights)
         return self.start.towards(encoding, superclass, decay)
 
 
@@ -136,11 +154,13 @@ def check_places(encodings: Encodings, places: Tensor) -> None:
         )
 
 
-def _mean(weighted: list[tuple[Tensor, int]]) -> Tensor | None:
-    if not weighted:
+def _mean(vectors: Sequence[Tensor | None], weights: Sequence[int]) -> Tensor | None:
+    """The weighted mean of the vectors that are there, None for none."""
+    shown = [(v, weight) for v, weight in zip(vectors, weights, strict=True) if v is not None]
+    if not shown:
         return None
-    total = sum(weight for _, weight in weighted)
-    return sum(vector * (weight / total) for vector, weight in weighted)  # type: ignore[return-value]
+    total = sum(weight for _, weight in shown)
+    return torch.stack([vector * (weight / total) for vector, weight in shown]).sum(0)
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...] | None:

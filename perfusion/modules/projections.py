@@ -90,6 +90,7 @@ class Rank1EditModule(nn.Module):
         self.inputs = inputs
         self._started: Kept[list[bool]] = Kept()
         self._locked: Kept[Tensor] = Kept()
+        self._checked: Kept[tuple[int, ...]] = Kept()
         if is_key_proj:
             self.register_parameter("concept_outputs", None)
         else:
@@ -140,14 +141,14 @@ class Rank1EditModule(nn.Module):
                     "expected forward(text_enc, concept_indices=..., text_enc_with_superclass=...)"
                 )
             text_enc_with_superclass, concept_indices = older
-        given = self.inputs.prompts_for(text_enc)
+        given = self.inputs.prompts_for(text_enc) if self.training else self.inputs.prompts
         if concept_indices is None:
             concept_indices = given.concept_indices
         if text_enc_with_superclass is None:
             text_enc_with_superclass = given.text_enc_with_superclass
         if concept_id is None:
             concept_id = 0 if given.concept_id is None else given.concept_id
-        ids = self._checked_ids(concept_id)
+        ids = self._usable(concept_id)
         if text_enc.ndim < 2 or text_enc.shape[-1] != self.linear.in_features:
             raise ValueError(
                 f"expected text encodings (B, N, {self.linear.in_features}), found "
@@ -155,7 +156,6 @@ class Rank1EditModule(nn.Module):
             )
         if self.training:
             self._follow(ids, text_enc, concept_indices, text_enc_with_superclass)
-        self.require_started(ids)
         inputs, gates = self.inputs.gated(text_enc, ids, self.training)
         return project(self.linear, inputs, gates, self.outputs(ids))
 
@@ -202,8 +202,22 @@ class Rank1EditModule(nn.Module):
         with without_autocast(encodings.device):
             return self.linear(encodings) - self.linear(torch.zeros_like(encodings))
 
-    def _checked_ids(self, concept_id: int | tuple[int, ...]) -> tuple[int, ...]:
+    def _usable(self, concept_id: int | tuple[int, ...]) -> tuple[int, ...]:
+        """The concepts' numbers, checked once as long as nothing changes."""
         ids = tuple(concept_id) if isinstance(concept_id, tuple | list) else (concept_id,)
+
+        def check() -> tuple[int, ...]:
+            self._check_ids(ids)
+            if not self.training:
+                self.require_started(ids)
+            return ids
+
+        sources = [self.inputs.initialised]
+        if self.concept_outputs is not None:
+            sources.append(self.outputs_started)
+        return self._checked.get(sources, check, (ids, self.training, self.inputs.writes))
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
         if self.training and len(ids) != 1:
             raise ValueError(
                 f"expected one concept at a time in training, found {ids}; call eval() to use "
@@ -217,7 +231,6 @@ class Rank1EditModule(nn.Module):
                     f"concept_id: expected 0 to {self.num_concepts - 1} for a module of "
                     f"{self.num_concepts} concept(s), found {one}"
                 )
-        return ids
 
     def _follow(
         self,
