@@ -14,7 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .concept_tokens import Found, aligned, cut_to, occurrences, real_tokens
+from .precision import moving_only
+from .token_rows import Found, aligned, cut_to, occurrences, real_tokens
 
 Tokenize = Callable[[list[str]], Tensor]
 
@@ -33,7 +34,7 @@ class EmbeddingReturn(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ConceptTokens:
+class PromptIds:
     """Token ids of prompts with the concept, and of the same prompts with the superclass word.
 
     ``ids`` (B, N) has a concept's id (vocabulary size + number) at its place; ``superclass_ids``
@@ -153,13 +154,17 @@ class EmbeddingWrapper(nn.Module):
         return self.returned(tokens, encode(self.vectors(tokens.ids)), superclass)
 
     def returned(
-        self, tokens: ConceptTokens, encodings: Tensor, superclass: Tensor | None
+        self, tokens: PromptIds, encodings: Tensor, superclass: Tensor | None
     ) -> EmbeddingReturn:
         """The four results, the superclass's encodings put into line with the concept's."""
         if superclass is not None and tokens.concept_indices is not None:
             superclass = aligned(superclass, tokens.concept_indices, tokens.extra)
         mask = real_tokens(tokens.ids, self.pad_id, self.eos_id)
         return EmbeddingReturn(encodings, superclass, mask, tokens.concept_indices)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingWrapper:
+        super()._apply(moving_only(fn, [self.concepts]), recurse)
+        return self
 
     def vectors(self, ids: Tensor) -> Tensor:
         """Embeddings (B, N, dim) of ids (B, N); only the concepts' own carry gradients."""
@@ -175,7 +180,7 @@ class EmbeddingWrapper(nn.Module):
         x: Tensor | Sequence[str],
         concept_id: int | tuple[int, ...] | None = None,
         with_superclass: bool | None = None,
-    ) -> ConceptTokens:
+    ) -> PromptIds:
         """Token ids of prompts; arguments and errors as in `forward`."""
         ids = self._checked_concepts(concept_id)
         with_superclass = self.training if with_superclass is None else with_superclass
@@ -200,7 +205,7 @@ class EmbeddingWrapper(nn.Module):
         device = self.concepts.device
         tokens = torch.tensor(concept_rows, device=device)
         if not with_superclass:
-            return ConceptTokens(tokens, None, None, 0)
+            return PromptIds(tokens, None, None, 0)
         superclass_rows = [
             cut_to(width, one.replaced(self.superclass_ids.__getitem__), self.pad_id, self.eos_id)
             for one in found
@@ -212,7 +217,7 @@ class EmbeddingWrapper(nn.Module):
                 f"expected room for the {extra + 1} sub-words of the superclass within {width} "
                 f"tokens, found the concept at position {int(places.max())}; shorten the prompt"
             )
-        return ConceptTokens(tokens, torch.tensor(superclass_rows, device=device), places, extra)
+        return PromptIds(tokens, torch.tensor(superclass_rows, device=device), places, extra)
 
     def _rows(self, x: Tensor | Sequence[str]) -> tuple[list[list[int]], list[str]]:
         """Prompts as rows of ids, and their texts ([] where ids were given)."""

@@ -41,7 +41,7 @@ def concept_of(
     if not 0 <= concept_id < inputs.num_concepts:
         raise IndexError(f"concept_id: expected 0 to {inputs.num_concepts - 1}, found {concept_id}")
     for module in values.values():
-        module._require_started((concept_id,))
+        module.require_started((concept_id,))
     wrapper = _embedding(model if embedding is None else embedding)
     if concept_id >= wrapper.num_concepts:
         raise IndexError(

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .concept_tokens import real_tokens
 from .embedding import EmbeddingReturn, EmbeddingWrapper, Tokenize, open_clip_tokenizer
+from .token_rows import real_tokens
 
 
 class OpenClipEmbedWrapper(nn.Module):

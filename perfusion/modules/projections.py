@@ -1,21 +1,24 @@
-"""The edit as modules, for any network with cross-attention over encoded text.
+"""The edit as a module, for any network with cross-attention over encoded text.
 
-Wrap the key and the value projection of every cross-attention (by hand, or with
-`make_key_value_proj_rank1_edit_modules_`), train what `get_finetune_optimizer` collects, and call
-``eval()``. Argument names follow perfusion-pytorch, whose users these modules are for; the
-numbers come from the same functions as everything else here (`rank_one`).
+Wrap the key and the value projection of every cross-attention (by hand, or as `wrapping` does),
+train what `get_finetune_optimizer` collects, and call ``eval()``. Argument names follow
+perfusion-pytorch, whose users these modules are for; the numbers come from the same functions as
+everything else here (`rank_one`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..gated.covariance import Covariance
-from ..gated.rank_one import project
-from .concept_inputs import ConceptInputs, mean_at, merge_inputs
+from ..gated.rank_one import project, without_autocast
+from ..shapes import Encodings, Outputs
+from .concept_inputs import ConceptInputs
+from .kept import Kept
+from .precision import moving_only
 
 # Settings of perfusion-pytorch that mean nothing here, and what to do instead.
 _REPLACED = {
@@ -31,18 +34,25 @@ _REPLACED = {
 class Rank1EditModule(nn.Module):
     """A key or value projection W (d, D) with the gated rank-one edit (Perfusion, eq. 3).
 
-    ``key_or_values_proj`` is an `nn.Linear` from text encodings; it becomes ``linear`` and is
-    frozen. A bias of its own is added as ever and takes no part in the edit. With ``is_key_proj``
-    the outputs are locked to the superclass, ``o = W e_super``, and nothing here is trained;
-    otherwise ``concept_outputs`` (k, d) is the one trainable parameter.
+    Args:
+        key_or_values_proj: an `nn.Linear` from text encodings; it becomes ``linear`` and is
+            frozen. A bias of its own is added as ever and takes no part in the edit.
+        is_key_proj: lock the outputs to the superclass, ``o = W e_super``; nothing here is
+            trained then. Otherwise ``concept_outputs`` (k, d) is the one trainable parameter.
+        C: for inputs of its own, see `ConceptInputs`; so are ``num_concepts`` and ``settings``.
+        num_concepts: k.
+        inputs: the `ConceptInputs` that the modules of one network share.
+        num_finetune_prompts: accepted from early versions of perfusion-pytorch; has no use.
+        settings: what else `ConceptInputs` takes.
 
-    ``inputs`` is the `ConceptInputs` that the modules of one network share; without it the module
-    makes one of its own from ``C``, ``num_concepts`` and ``settings`` (see there).
-    ``num_finetune_prompts`` is accepted from early versions of perfusion-pytorch and has no use.
-
-    Raises TypeError for another kind of projection and for settings that exist no more, naming
-    what replaced them; ValueError for a covariance or inputs of another width.
+    Raises:
+        TypeError: for another kind of projection and for settings that exist no more, naming
+            what replaced them.
+        ValueError: for a covariance or inputs of another width.
     """
+
+    concept_outputs: nn.Parameter | None
+    outputs_started: Tensor
 
     def __init__(
         self,
@@ -78,8 +88,9 @@ class Rank1EditModule(nn.Module):
         self.linear = key_or_values_proj.requires_grad_(False)
         self.is_key_proj = is_key_proj
         self.inputs = inputs
-        self.concept_outputs: nn.Parameter | None
-        self.outputs_started: Tensor
+        self._started: Kept[list[bool]] = Kept()
+        self._locked: Kept[Tensor] = Kept()
+        self._checked: Kept[tuple[int, ...]] = Kept()
         if is_key_proj:
             self.register_parameter("concept_outputs", None)
         else:
@@ -99,25 +110,30 @@ class Rank1EditModule(nn.Module):
 
     def forward(
         self,
-        text_enc: Tensor,
+        text_enc: Encodings,
         *older: Tensor,
         concept_indices: Tensor | None = None,
-        text_enc_with_superclass: Tensor | None = None,
+        text_enc_with_superclass: Encodings | None = None,
         concept_id: int | tuple[int, ...] | None = None,
     ) -> Tensor:
-        """The edited projection (B, N, d) of ``text_enc`` (B, N, D), of any length N.
+        """The edited projection (B, N, d) of encodings of any length N.
 
-        Training mode: ``concept_indices`` (B,) says at which token each prompt has the concept,
-        and ``text_enc_with_superclass`` (B, N, D) are the same prompts with the superclass word
-        in that place; it is needed for a concept's first batch and welcome later. Eval mode:
-        ``text_enc`` is all there is to give, and ``concept_id`` may name several concepts. Without
-        a ``concept_id`` it is concept 0. What is not given is taken from `ConceptInputs.given`.
+        What is not given is taken from `ConceptInputs.given`. The order of early
+        perfusion-pytorch, ``(text_enc, text_enc_with_superclass, concept_indices)``, is
+        understood as well.
 
-        The order of early perfusion-pytorch, ``(text_enc, text_enc_with_superclass,
-        concept_indices)``, is understood as well.
+        Args:
+            text_enc: the encodings; in eval mode there is nothing else to give.
+            older: the two arguments of the older order.
+            concept_indices: (B,), at which token each prompt has the concept; for training.
+            text_enc_with_superclass: the same prompts with the superclass word in that place;
+                needed for a concept's first batch in training and welcome later.
+            concept_id: the concept, 0 unless said, or in eval mode several.
 
-        Raises ValueError for shapes that do not fit, IndexError for concepts and positions that
-        do not exist, and ValueError in eval mode for a concept that was never trained or loaded.
+        Raises:
+            ValueError: for shapes that do not fit, and in eval mode for a concept that was never
+                trained or loaded.
+            IndexError: for concepts and positions that do not exist.
         """
         if older:
             if len(older) != 2 or concept_indices is not None:
@@ -125,14 +141,14 @@ class Rank1EditModule(nn.Module):
                     "expected forward(text_enc, concept_indices=..., text_enc_with_superclass=...)"
                 )
             text_enc_with_superclass, concept_indices = older
-        given = self.inputs.prompts_for(text_enc)
+        given = self.inputs.prompts_for(text_enc) if self.training else self.inputs.prompts
         if concept_indices is None:
             concept_indices = given.concept_indices
         if text_enc_with_superclass is None:
             text_enc_with_superclass = given.text_enc_with_superclass
         if concept_id is None:
             concept_id = 0 if given.concept_id is None else given.concept_id
-        ids = self._checked_ids(concept_id)
+        ids = self._usable(concept_id)
         if text_enc.ndim < 2 or text_enc.shape[-1] != self.linear.in_features:
             raise ValueError(
                 f"expected text encodings (B, N, {self.linear.in_features}), found "
@@ -140,19 +156,36 @@ class Rank1EditModule(nn.Module):
             )
         if self.training:
             self._follow(ids, text_enc, concept_indices, text_enc_with_superclass)
-        self._require_started(ids)
         inputs, gates = self.inputs.gated(text_enc, ids, self.training)
         return project(self.linear, inputs, gates, self.outputs(ids))
 
-    def outputs(self, ids: tuple[int, ...]) -> Tensor:
-        """``o`` (k, d) of these concepts: learned for values, ``W e_super`` for locked keys."""
+    def outputs(self, ids: tuple[int, ...]) -> Outputs:
+        """``o`` of these concepts: learned for values, ``W e_super`` for locked keys.
+
+        Locked ones are computed again where W or the superclass's encoding has changed; a change
+        through ``.data`` is not seen, call ``inputs.forget()`` after one.
+        """
         if self.concept_outputs is not None:
-            return self.concept_outputs[list(ids)]
-        return self._projected(self.inputs.superclass_encoding[list(ids)])
+            everything = ids == tuple(range(self.num_concepts))
+            return self.concept_outputs if everything else self.concept_outputs[list(ids)]
+
+        def compute() -> Tensor:
+            return self._projected(self.inputs.superclass_encoding[list(ids)])
+
+        if not _is_plain(self.linear):
+            return compute()
+        parameters = [p for p in (self.linear.weight, self.linear.bias) if p is not None]
+        sources = (*parameters, self.inputs.superclass_encoding)
+        return self._locked.get(sources, compute, (ids, self.inputs.writes))
 
     @torch.no_grad()
     def set_outputs(self, concept: int, outputs: Tensor) -> None:
-        """Put the outputs (d,) of a concept in place; for a value projection."""
+        """Put the outputs (d,) of a concept in place; for a value projection.
+
+        Raises:
+            TypeError: for a key projection.
+            ValueError: for outputs of another shape.
+        """
         if self.concept_outputs is None:
             raise TypeError("a key projection is locked: its outputs follow the superclass")
         if outputs.shape != self.concept_outputs[concept].shape:
@@ -166,10 +199,25 @@ class Rank1EditModule(nn.Module):
     def _projected(self, encodings: Tensor) -> Tensor:
         """W e, by the layer's own forward (which may hold a LoRA) and without its bias."""
         encodings = encodings.to(self.linear.weight)
-        return self.linear(encodings) - self.linear(torch.zeros_like(encodings))
+        with without_autocast(encodings.device):
+            return self.linear(encodings) - self.linear(torch.zeros_like(encodings))
 
-    def _checked_ids(self, concept_id: int | tuple[int, ...]) -> tuple[int, ...]:
+    def _usable(self, concept_id: int | tuple[int, ...]) -> tuple[int, ...]:
+        """The concepts' numbers, checked once as long as nothing changes."""
         ids = tuple(concept_id) if isinstance(concept_id, tuple | list) else (concept_id,)
+
+        def check() -> tuple[int, ...]:
+            self._check_ids(ids)
+            if not self.training:
+                self.require_started(ids)
+            return ids
+
+        sources = [self.inputs.initialised]
+        if self.concept_outputs is not None:
+            sources.append(self.outputs_started)
+        return self._checked.get(sources, check, (ids, self.training, self.inputs.writes))
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
         if self.training and len(ids) != 1:
             raise ValueError(
                 f"expected one concept at a time in training, found {ids}; call eval() to use "
@@ -183,7 +231,6 @@ class Rank1EditModule(nn.Module):
                     f"concept_id: expected 0 to {self.num_concepts - 1} for a module of "
                     f"{self.num_concepts} concept(s), found {one}"
                 )
-        return ids
 
     def _follow(
         self,
@@ -198,120 +245,36 @@ class Rank1EditModule(nn.Module):
                 "training mode: expected concept_indices (B,), the position of the concept in "
                 "each prompt, found none; call eval() for inference"
             )
-        if superclass is not None and superclass.shape != text_enc.shape:
-            raise ValueError(
-                f"expected text_enc_with_superclass of shape {tuple(text_enc.shape)} like "
-                f"text_enc, found {tuple(superclass.shape)}"
-            )
-        places = _checked_places(concept_indices, text_enc)
-        superclass_encoding = None if superclass is None else mean_at(superclass, places)
-        self.inputs.follow(ids[0], mean_at(text_enc, places), superclass_encoding)
-        if self.concept_outputs is not None and not bool(self.outputs_started[ids[0]]):
+        self.inputs.follow(ids[0], text_enc, concept_indices, superclass)
+        if self.concept_outputs is not None and not self._outputs_started(ids[0]):
             start = self._projected(self.inputs.superclass_encoding[list(ids)])
             self.set_outputs(ids[0], start[0])
 
-    def _require_started(self, ids: tuple[int, ...]) -> None:
+    def _outputs_started(self, concept: int) -> bool:
+        if self.concept_outputs is None:
+            return True
+        started = self.outputs_started
+        return self._started.get((started,), started.tolist, self.inputs.writes)[concept]
+
+    def require_started(self, ids: tuple[int, ...]) -> None:
+        """Check that these concepts were trained or loaded.
+
+        Raises:
+            ValueError: naming the first one that was not.
+        """
         for one in ids:
-            values_ready = self.concept_outputs is None or bool(self.outputs_started[one])
-            if not (bool(self.inputs.initialised[one]) and values_ready):
+            if not (self.inputs.started(one) and self._outputs_started(one)):
                 raise ValueError(
                     f"concept {one} is empty: expected one that was trained or loaded; call the "
                     "module in training mode first, or use load_modules"
                 )
 
-
-def _checked_places(concept_indices: Tensor, text_enc: Tensor) -> Tensor:
-    if text_enc.ndim != 3 or concept_indices.shape != text_enc.shape[:1]:
-        raise ValueError(
-            f"expected text encodings (B, N, D) and concept_indices (B,), found "
-            f"{tuple(text_enc.shape)} and {tuple(concept_indices.shape)}"
-        )
-    low, high = int(concept_indices.min()), int(concept_indices.max())
-    if low < 0 or high >= text_enc.shape[1]:
-        raise IndexError(
-            f"concept_indices: expected positions 0 to {text_enc.shape[1] - 1} in sequences of "
-            f"{text_enc.shape[1]} tokens, found {low} to {high}"
-        )
-    return concept_indices.to(text_enc.device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rank1EditModule:
+        super()._apply(moving_only(fn, [self.concept_outputs]), recurse)
+        return self
 
 
-def make_key_value_proj_rank1_edit_modules_(
-    cross_attention: nn.Module,
-    *,
-    key_proj_name: str,
-    value_proj_name: str,
-    input_covariance: Tensor | Covariance | None = None,
-    inputs: ConceptInputs | None = None,
-    **settings: Any,
-) -> ConceptInputs:
-    """Wrap the two projections of one cross-attention in place; returns what they share.
-
-    Hand the returned `ConceptInputs` on as ``inputs`` for the network's other attentions, so that
-    all follow one ``i`` and compute similarities once. ``settings`` go to `Rank1EditModule`.
-    Raises TypeError where a name does not lead to an `nn.Linear`, ValueError for two projections
-    of different widths.
-    """
-    found: dict[str, nn.Linear] = {}
-    for name in (key_proj_name, value_proj_name):
-        projection = getattr(cross_attention, name, None)
-        if isinstance(projection, Rank1EditModule):
-            raise TypeError(f"{name}: expected a projection to wrap, found one wrapped before")
-        if not isinstance(projection, nn.Linear):
-            raise TypeError(
-                f"{name}: expected an nn.Linear in {type(cross_attention).__name__}, found "
-                f"{type(projection).__name__}"
-            )
-        found[name] = projection
-    if inputs is None:
-        settings["C"] = input_covariance
-    elif input_covariance is not None:
-        raise TypeError("inputs brings its covariance with it: leave input_covariance out")
-    keys = Rank1EditModule(found[key_proj_name], is_key_proj=True, inputs=inputs, **settings)
-    values = Rank1EditModule(found[value_proj_name], inputs=keys.inputs)
-    setattr(cross_attention, key_proj_name, keys)
-    setattr(cross_attention, value_proj_name, values)
-    return keys.inputs
-
-
-def merge_rank1_edit_modules(
-    *modules: Rank1EditModule, inputs: ConceptInputs | None = None
-) -> Rank1EditModule:
-    """One module, in eval mode, with the concepts of several that wrap the same projection.
-
-    Concepts are numbered in order: those of the first module, then those of the second. Call it
-    with ``concept_id=(0, 1)`` to use two together; they are combined exactly (Appendix B). To
-    share work among layers, hand the ``inputs`` of the first result on to the others.
-
-    Raises ValueError for no modules, keys mixed with values, concepts that were never trained,
-    and projections that differ (with both shapes).
-    """
-    if not modules:
-        raise ValueError("expected at least one module to merge, found none")
-    first = modules[0]
-    for module in modules:
-        if module.is_key_proj != first.is_key_proj:
-            raise ValueError("expected either keys or values to merge, found both")
-        module._require_started(tuple(range(module.num_concepts)))
-        ours, theirs = first.linear.weight, module.linear.weight
-        if ours.shape != theirs.shape:
-            raise ValueError(
-                f"expected modules of one projection, found weights {tuple(ours.shape)} and "
-                f"{tuple(theirs.shape)}"
-            )
-        if ours is not theirs and not torch.equal(ours, theirs.to(ours)):
-            raise ValueError(
-                "expected modules of one projection, found different weights; the concepts "
-                "belong to different networks"
-            )
-    expected = sum(module.num_concepts for module in modules)
-    if inputs is None:
-        inputs = merge_inputs(*(module.inputs for module in modules))
-    elif inputs.num_concepts != expected:
-        raise ValueError(f"inputs: expected {expected} concepts, found {inputs.num_concepts}")
-    merged = Rank1EditModule(first.linear, is_key_proj=first.is_key_proj, inputs=inputs)
-    outputs = [row for m in modules if m.concept_outputs is not None for row in m.concept_outputs]
-    for concept, output in enumerate(outputs):
-        merged.set_outputs(concept, output)
-    # Not merged.eval(): the projection itself stays in the mode its network is in.
-    merged.training = False
-    return merged
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether the forward depends on weight and bias alone: no LoRA, no hook."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and not hooked

@@ -1,4 +1,4 @@
-"""The templates as pages: nothing covers anything, and everything can be read, in both renderers."""
+"""The templates as pages: nothing covers anything, all can be read, in both renderers."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_a_gpu_is_asked_for_a_fixed_order_only_while_it_trains(benchmark):
     torch.backends.cudnn.benchmark = benchmark
     try:
         before = settings()
-        with pytest.raises(KeyboardInterrupt), repeatable(torch.device("cuda:0")):
+        with pytest.raises(KeyboardInterrupt), repeatable(torch.device("cuda:0")):  # noqa: PT012
             assert torch.are_deterministic_algorithms_enabled()
             assert torch.is_deterministic_algorithms_warn_only_enabled()
             assert not torch.backends.cudnn.benchmark

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perfusion import Concept, GateSchedule, edited_inputs, gated_inputs, open_gates, save_concept
-from perfusion.gated.gate import Gate
-from perfusion.gated.rank_one import Direction, combine
+from perfusion import Concept, Direction, Gate, GateSchedule, combine, gated_inputs, save_concept
+from perfusion.gated.rank_one import edited_inputs, open_gates
 
 
 def concept():

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
+from collections import Counter
 
 import perfusion_pytorch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfusion import (
     ConceptInputs,
     Covariance,
     Rank1EditModule,
+    get_finetune_optimizer,
     make_key_value_proj_rank1_edit_modules_,
     merge_rank1_edit_modules,
 )
@@ -53,6 +57,17 @@ def train_once(module: Rank1EditModule, seed: int = 1) -> dict[str, Tensor]:
     }
     module(**batch)
     return batch
+
+
+def batch_for(concept: int, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+    """A training batch of one concept."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "text_enc": torch.randn(4, TOKENS, WIDTH, generator=random).to(dtype),
+        "concept_indices": torch.randint(0, TOKENS, (4,), generator=random),
+        "text_enc_with_superclass": torch.randn(4, TOKENS, WIDTH, generator=random).to(dtype),
+        "concept_id": concept,
+    }
 
 
 def test_the_usage_of_the_projects_front_page_runs():
@@ -271,12 +286,14 @@ def test_strength_zero_leaves_the_projection_as_it_was_and_the_gate_can_be_set()
 
 
 def test_layers_that_share_inputs_compute_similarities_once_without_gradients(monkeypatch):
-    calls = []
+    calls, results = [], []
     original = ConceptInputs.gated.__globals__["gated_inputs"]
 
     def counted(*arguments):
-        calls.append(arguments)
-        return original(*arguments)
+        found = original(*arguments)
+        calls.append(None)
+        results.append(found[0])
+        return found
 
     monkeypatch.setitem(ConceptInputs.gated.__globals__, "gated_inputs", counted)
     shared = ConceptInputs(WIDTH, C=covariance_matrix())
@@ -291,9 +308,11 @@ def test_layers_that_share_inputs_compute_similarities_once_without_gradients(mo
         changed = layers[0](text_enc)
     assert len(calls) == 3
     torch.testing.assert_close(changed, layers[0](text_enc))
-    assert shared._latest is not None
-    del text_enc, calls[:]
-    assert shared._latest is None
+    kept = weakref.ref(results[2])
+    del results[:], calls[:]
+    assert kept() is not None
+    del text_enc
+    assert kept() is None
 
 
 def test_a_state_dict_restores_a_module_and_it_can_be_copied():
@@ -436,3 +455,154 @@ def test_other_layers_than_linear_ones_and_broken_covariances_are_refused():
     text_enc = torch.full((1, 3, WIDTH), float("nan"))
     with pytest.raises(ValueError, match="expected finite concept encodings"):
         module(text_enc, text_enc, torch.tensor([1]))
+
+
+class Counting(TorchDispatchMode):
+    """Counts what torch is asked to compute within this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+READS = ("aten::_local_scalar_dense", "aten::equal", "aten::item")
+
+
+@pytest.mark.parametrize("is_key", [False, True])
+def test_a_projection_at_inference_costs_its_own_forward_and_one_update_and_reads_nothing(is_key):
+    shared = ConceptInputs(WIDTH, C=covariance_matrix())
+    module = ready(Rank1EditModule(projection(), is_key_proj=is_key, inputs=shared))
+    text_enc = torch.randn(2, TOKENS, WIDTH)
+    with torch.no_grad(), Counting() as plain:
+        module.linear(text_enc)
+    with torch.no_grad():
+        expected = module(text_enc)
+        with Counting() as counted:
+            found = module(text_enc)
+    assert torch.equal(found, expected)
+    assert not any(counted.operations[name] for name in READS)
+    extra = counted.operations - plain.operations
+    assert extra["aten::bmm"] + extra["aten::mm"] <= 1
+    assert counted.operations.total() <= plain.operations.total() + 6
+
+
+def test_locked_keys_are_kept_until_the_weights_or_the_superclass_change():
+    keys = ready(Rank1EditModule(projection(), is_key_proj=True, C=covariance_matrix()))
+
+    def expected() -> Tensor:
+        return keys.linear(keys.inputs.superclass_encoding)
+
+    first = keys.outputs((0,))
+    assert keys.outputs((0,)) is first
+    with torch.no_grad():
+        keys.linear.weight += 1
+    torch.testing.assert_close(keys.outputs((0,)), expected())
+    keys.inputs.set(0, torch.randn(WIDTH), torch.randn(WIDTH))
+    torch.testing.assert_close(keys.outputs((0,)), expected())
+    keys.load_state_dict({k: v * 2 if "weight" in k else v for k, v in keys.state_dict().items()})
+    torch.testing.assert_close(keys.outputs((0,)), expected())
+    keys.linear.weight = nn.Parameter(torch.randn(FEATURES, WIDTH))
+    torch.testing.assert_close(keys.outputs((0,)), expected())
+    keys.linear.weight.data.mul_(3)  # unseen by torch's count of writes
+    keys.inputs.forget()
+    torch.testing.assert_close(keys.outputs((0,)), expected())
+    handle = keys.linear.register_forward_hook(lambda module, given, found: 2 * found)
+    torch.testing.assert_close(keys.outputs((0,)), expected())
+    handle.remove()
+    torch.testing.assert_close(keys.outputs((0,)), expected())
+    keys.double()
+    assert keys.outputs((0,)).dtype == torch.float64
+
+
+def test_what_inference_mode_computed_is_not_used_where_gradients_flow():
+    shared = ConceptInputs(WIDTH, C=covariance_matrix())
+    keys = ready(Rank1EditModule(projection(), is_key_proj=True, inputs=shared))
+    text_enc = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    with torch.inference_mode():
+        expected = keys(text_enc)
+    found = keys(text_enc)
+    found.sum().backward()
+    torch.testing.assert_close(found.detach(), expected.clone())
+    assert float(text_enc.grad.abs().max()) > 0
+
+
+def test_merged_modules_of_one_covariance_tensor_are_trained_further_with_it():
+    linear, matrix = projection(), covariance_matrix()
+    one, other = (Rank1EditModule(linear, C=matrix) for _ in range(2))
+    for module in (one, other):
+        train_once(module)
+    merged = merge_rank1_edit_modules(one, other).train()
+    for concept in (0, 1):
+        merged(**batch_for(concept, 7 + concept))
+        expected = torch.linalg.solve(
+            matrix + 1e-4 * matrix.trace() / WIDTH * torch.eye(WIDTH), merged.inputs.i[concept]
+        )
+        cosine = torch.cosine_similarity(merged.inputs.u[concept], expected, dim=0)
+        assert float(cosine) > 0.9999
+        plain = torch.cosine_similarity(merged.inputs.i[concept], expected, dim=0)
+        assert float(plain) < 0.9
+
+
+def test_merged_modules_of_different_covariances_are_each_trained_further_with_their_own():
+    linear = projection()
+    first, second = Rank1EditModule(linear, C=covariance_matrix(1)), Rank1EditModule(linear)
+    train_once(first)
+    train_once(second)
+    merged = merge_rank1_edit_modules(first, second).train()
+    merged(**batch_for(0, 8))
+    merged(**batch_for(1, 9))
+    first(**batch_for(0, 8))
+    torch.testing.assert_close(merged.inputs.u[0], first.inputs.u[0])
+    torch.testing.assert_close(merged.inputs.u[1], merged.inputs.i[1])
+
+
+def test_a_concept_is_not_trained_further_without_the_covariance_it_was_made_with():
+    module = ready(Rank1EditModule(projection(), C=covariance_matrix()))
+    bare = Rank1EditModule(projection())
+    bare.load_state_dict(module.state_dict())
+    before = bare.inputs.u.clone()
+    with pytest.raises(ValueError, match=r"trained with a covariance.*pass C="):
+        train_once(bare)
+    assert torch.equal(bare.inputs.u, before)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_a_network_in_half_precision_is_trained_in_fp32_and_stays_finite(cast):
+    module = Rank1EditModule(projection(), C=covariance_matrix())
+    optimizer = get_finetune_optimizer(module)
+    getattr(module, cast)()
+    dtype = module.linear.weight.dtype
+    assert dtype != torch.float32
+    assert module.concept_outputs.dtype == torch.float32
+    for seed in range(3):
+        batch = batch_for(0, seed, dtype)
+        loss = module(**batch).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert module.concept_outputs.grad.dtype == torch.float32
+        before = module.concept_outputs.detach().clone()
+        optimizer.step()
+        assert bool(torch.isfinite(module.concept_outputs).all())
+        assert not torch.equal(module.concept_outputs, before)
+    getattr(module, cast)()
+    assert module.concept_outputs.grad.dtype == torch.float32
+
+
+def test_autocast_changes_no_gate_and_rounds_no_locked_key_of_a_module():
+    module = ready(Rank1EditModule(projection(), is_key_proj=True, C=covariance_matrix()))
+    text_enc = torch.randn(2, TOKENS, WIDTH)
+    inputs, gates = module.inputs.gated(text_enc, (0,), training=False)
+    expected = module.outputs((0,))
+    module.inputs.forget()
+    with torch.autocast("cpu", torch.bfloat16):
+        for found, exact in zip(
+            (*module.inputs.gated(text_enc, (0,), training=False), module.outputs((0,))),
+            (inputs, gates, expected),
+            strict=True,
+        ):
+            assert torch.equal(found, exact)
+        assert module(text_enc).dtype == torch.bfloat16

@@ -268,18 +268,47 @@ def test_two_steps_with_the_same_prompts_are_two_steps(setting):
     torch.testing.assert_close(setting.inputs.i[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_accumulated_batches_are_one_step(setting):
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_accumulated_batches_are_one_step_towards_the_mean_over_all_their_prompts(
+    checkpointing, setting
+):
+    setting.painter.checkpointing = checkpointing
     setting.inputs.input_decay = 0.5
     optimizer = get_finetune_optimizer(setting.painter, setting.embed, lr=1e-9, embedding_lr=1e-9)
     setting.loss(BATCHES[0]).backward()
     optimizer.step()
-    first = setting.inputs.i[0].clone()
-    for prompts in BATCHES[1:]:
+    before = setting.inputs.i[0].clone()
+    # One of the batches comes twice, so it counts twice.
+    batches = [*BATCHES[1:], BATCHES[1]]
+    for prompts in batches:
         setting.loss(prompts).backward()
+    optimizer.step()
+    prompts = [prompt for batch in batches for prompt in batch]
     with torch.no_grad():
-        found = setting.embed(BATCHES[2], clip_transformer_fn=setting.text)
-    newest = found.embed_with_concept[torch.arange(2), found.concept_indices].mean(0)
-    torch.testing.assert_close(setting.inputs.i[0], 0.5 * first + 0.5 * newest)
+        found = setting.embed(prompts, clip_transformer_fn=setting.text)
+    rows = torch.arange(len(prompts))
+    newest = found.embed_with_concept[rows, found.concept_indices].mean(0)
+    torch.testing.assert_close(setting.inputs.i[0], 0.5 * before + 0.5 * newest)
+    dual = setting.covariance.dual(setting.inputs.i[0]).float()
+    torch.testing.assert_close(setting.inputs.u[0], dual, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_finds_each_accumulated_batch_again(reentrant, trained):
+    """Both batches go through the network before either goes backward."""
+    gradients = []
+    for checkpointing in (None, reentrant):
+        setting = Setting(*trained)
+        setting.painter.checkpointing = checkpointing
+        setting.inputs.input_decay = 0.5
+        get_finetune_optimizer(setting.painter, setting.embed)
+        with torch.no_grad():
+            setting.embed.concepts += 0.3
+        (setting.loss(BATCHES[0]) + setting.loss(BATCHES[1])).backward()
+        parameters = get_finetune_parameters(setting.painter, setting.embed)
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -295,6 +324,22 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant, trained):
         gradients.append([parameter.grad.clone() for parameter in parameters])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_the_embedding_of_a_network_in_half_precision_is_trained_in_fp32(cast, setting):
+    optimizer = get_finetune_optimizer(setting.embed)
+    getattr(setting.embed, cast)()
+    for _ in range(2):
+        vectors = setting.embed(PROMPTS).embed_with_concept
+        assert vectors.dtype == setting.text.tokens.weight.dtype != torch.float32
+        optimizer.zero_grad()
+        vectors.float().square().mean().backward()
+        before = setting.embed.concepts.detach().clone()
+        optimizer.step()
+        assert setting.embed.concepts.dtype == torch.float32
+        assert bool(torch.isfinite(setting.embed.concepts).all())
+        assert not torch.equal(setting.embed.concepts, before)
 
 
 def test_the_masked_loss_weighs_once_in_any_number_of_axes():
