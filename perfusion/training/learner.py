@@ -61,11 +61,10 @@ class Learner:
         # Only fp16 is scaled: the same rows once more, with gradients fp16 can hold.
         while self.scale > 1.0 and not _read(losses, self._gradients())[1]:
             self.scale, self.since_scaled = self.scale / 2, 0
-            losses, order = self._backward(
-                batch, self._encode(prompts, follow=False), rows_at_once
-            )
+            losses, order = self._backward(batch, self._encode(prompts, follow=False), rows_at_once)
         if self.scale != 1.0:
-            torch._foreach_div_(self._gradients(), self.scale)
+            for gradient in self._gradients():
+                gradient /= self.scale
         for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = full * rate
         self.optimizer.step()
