@@ -7,11 +7,12 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..host.models.loaded import Models
 from ..host.text.caption_sources import known_to, of_file, of_text
 from ..host.text.captions import COUNT
 from ..host.text.covariance import describe
 from ..host.training.options import TrainingOptions, captions_of
-from ..host.training.train import covariance_with_progress, train
+from ..host.training.train import Material, covariance_with_progress, train
 from ..perfusion.gated.covariance import Covariance, Positions
 from ..perfusion.text.prompts import captions_for
 from ..perfusion.training.config import TrainingConfig
@@ -187,11 +188,10 @@ class PerfusionTrainConcept(io.ComfyNode):
             captions=captions_for(captions_of(captions, count), word) if captions else (),
         )
         trained = train(
-            *(only("model", model), text_encoder, only("vae", vae), images, mask),
-            statistics,
+            Models(only("model", model), text_encoder, only("vae", vae)),
+            Material(images, mask, statistics or known_to(text_encoder)),
             config,
             first_or_none("options", options),
-            known_to(text_encoder) if statistics is None else None,
             first_or_none("clip_vision", clip_vision),
         )
         record = trained.result.record

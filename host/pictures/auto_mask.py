@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import torch
 import torch.nn.functional as F
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...perfusion.masks.attention import Grid
@@ -18,6 +21,7 @@ from ...perfusion.text.words import check_phrase
 from ..injection.injection import set_injection
 from ..models.conditions import extra_conditions
 from ..models.families import check_clip, family_of
+from ..models.loaded import pixels_per_latent
 from ..models.native_loss import schedule
 from ..text.text_encoders import TextEncoders
 from .attention_watch import AttentionWatch
@@ -74,9 +78,9 @@ class AutoMasks:
 
 
 def auto_mask(
-    model: Any,
-    clip: Any,
-    vae: Any,
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
     images: Tensor,
     superclass: str,
     options: AutoMaskOptions | None = None,
@@ -99,7 +103,7 @@ def auto_mask(
     pictures = images[..., :3].float().movedim(-1, 1)
     with torch.no_grad():
         prompt = _prompt(clip, word)
-        factor = vae.spacial_compression_encode()
+        factor = pixels_per_latent(vae)
         side = options.resolution or family.side * factor
         work = _working_size(images.shape[1:3], side, factor * _coarsening(model.model))
         latents = _latents(model, vae, pictures, work)
@@ -126,7 +130,7 @@ class _Prompt:
     word: Tensor
 
 
-def _prompt(clip: Any, word: str) -> _Prompt:
+def _prompt(clip: CLIP, word: str) -> _Prompt:
     if not word:
         raise ValueError(
             "superclass: expected the everyday word for the thing in the pictures, such as cat or "
@@ -152,19 +156,19 @@ def _prompt(clip: Any, word: str) -> _Prompt:
     return _Prompt(encoded.encodings, encoded.pooled, mask)
 
 
-def _coarsening(model: Any) -> int:
+def _coarsening(model: BaseModel) -> int:
     """How many latent cells a side are one cell of the model's coarsest layers."""
     return 2 ** (len(model.model_config.unet_config["channel_mult"]) - 1)
 
 
-def _working_size(size: Any, side: int, step: int) -> Grid:
+def _working_size(size: Sequence[int], side: int, step: int) -> Grid:
     """Height and width, multiples of `step`, of about `side` squared pixels in a size's aspect."""
     scale = side / (size[0] * size[1]) ** 0.5
     height, width = (max(1, round(length * scale / step)) * step for length in size)
     return height, width
 
 
-def _latents(model: Any, vae: Any, pictures: Tensor, work: Grid) -> Tensor:
+def _latents(model: ModelPatcher, vae: VAE, pictures: Tensor, work: Grid) -> Tensor:
     """Latents (B, C, h, w) of pictures (B, 3, H, W) at the working size, as the VAE makes them."""
     if pictures.shape[-2:] != work:
         pictures = F.interpolate(
@@ -181,7 +185,7 @@ def _latents(model: Any, vae: Any, pictures: Tensor, work: Grid) -> Tensor:
     return latents
 
 
-def _loaded(model: Any, latents: Tensor) -> Any:
+def _loaded(model: ModelPatcher, latents: Tensor) -> ModelPatcher:
     """A clone of a patcher without applied concepts, loaded as sampling would load it."""
     own = model.clone()
     own.is_injected = False
@@ -192,7 +196,7 @@ def _loaded(model: Any, latents: Tensor) -> Any:
 
 
 def _looks(
-    own: Any, latents: Tensor, prompt: _Prompt, work: Grid, options: AutoMaskOptions
+    own: ModelPatcher, latents: Tensor, prompt: _Prompt, work: Grid, options: AutoMaskOptions
 ) -> tuple[Tensor, int]:
     """Maps (B, h, w) of the word in all pictures, and the pixels a side of their coarsest cell."""
     model, device = own.model, own.load_device
@@ -223,7 +227,12 @@ def _looks(
 
 
 def _denoise(
-    model: Any, noisy: Tensor, sigma: Tensor, prompt: _Prompt, work: Grid, watch: AttentionWatch
+    model: BaseModel,
+    noisy: Tensor,
+    sigma: Tensor,
+    prompt: _Prompt,
+    work: Grid,
+    watch: AttentionWatch,
 ) -> None:
     rows, device = len(noisy), noisy.device
     pooled = None if prompt.pooled is None else prompt.pooled.expand(rows, -1)

@@ -26,7 +26,7 @@ ATTEMPTS = (
 FORMATS = ("JPEG", "PNG", "WEBP")
 LARGEST_SIDE = 1024
 # What Pillow raises for damaged pictures.
-_UNREADABLE = (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+UNREADABLE = (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 _START = "data:image/jpeg;base64,"
 
 
@@ -72,7 +72,7 @@ def thumbnail_of(concept: Concept) -> tuple[Tensor, str]:
         return _plain(), "none in the file; a plain grey picture stands in for it"
     try:
         picture, kind = _decode(url)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return _plain(), f"cannot be read ({type(error).__name__}); a plain grey picture instead"
     height, width = picture.shape[1:3]
     return picture, f"{kind}, {width} x {height}, {len(url) / 1000:.1f} kB of the file"

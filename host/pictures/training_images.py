@@ -8,11 +8,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
+from comfy.sd import VAE
 from torch import Tensor
 
+from ..models.loaded import pixels_per_latent
 from .augment import render, subject_box, version_boxes
 from .buckets import Box, fit
 from .image_rows import size_of, training_rows
@@ -91,7 +92,7 @@ class TrainingImages:
 
 
 def encode_images(
-    vae: Any,
+    vae: VAE,
     images: Sequence[Tensor],
     masks: Sequence[Tensor] | None = None,
     options: ImageOptions | None = None,
@@ -108,7 +109,7 @@ def encode_images(
     """
     options = options or ImageOptions()
     pictures, weights = training_rows(images, masks, options.alpha)
-    factor = vae.spacial_compression_encode()
+    factor = pixels_per_latent(vae)
     fits = [fit(size_of(picture), options.resolution, factor) for picture in pictures]
     _tell(Counter((size_of(p), box, size) for p, (box, size) in zip(pictures, fits, strict=True)))
     if weights is None and options.zoom_out:
@@ -165,7 +166,7 @@ def _has_weight(mask: Tensor, box: Box) -> bool:
     return bool(mask[max(0, box.top) : box.bottom, max(0, box.left) : box.right].any())
 
 
-def _encoded(vae: Any, pixels: Tensor, at: int) -> Tensor:
+def _encoded(vae: VAE, pixels: Tensor, at: int) -> Tensor:
     latents = vae.encode(pixels)
     if latents.ndim != 4:
         raise ValueError(

@@ -7,8 +7,10 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.sd import CLIP
 
 from ..models.families import encoder_models
+from ..models.loaded import Models, pixels_per_latent
 from .activations import kept_by_unet
 from .private_copy import stored_plainly
 
@@ -68,9 +70,7 @@ _REMEDY = (
 
 
 def estimate_memory(
-    model: Any,
-    clip: Any,
-    vae: Any,
+    models: Models,
     rows: int,
     latent: tuple[int, int],
     dtype: torch.dtype,
@@ -83,6 +83,7 @@ def estimate_memory(
     a quarter of a gigabyte.
     Takes about two seconds for SDXL.
     """
+    model, clip, vae = models.model, models.clip, models.vae
     unet = model.model.diffusion_model
     config = model.model.model_config.unet_config
     kept = kept_by_unet(config, rows, *latent, _TOKENS, dtype)
@@ -95,7 +96,7 @@ def estimate_memory(
         largest = max(sum(w.numel() for w in part.parameters()) for part in unet.input_blocks)
         activations += dtype.itemsize * (largest if checkpointing else numbers)
     activations += _GRADIENTS * kept.tensor
-    factor = vae.spacial_compression_encode()
+    factor = pixels_per_latent(vae)
     pixels = (1, 3, latent[0] * factor, latent[1] * factor)
     return MemoryEstimate(
         weights=weights,
@@ -119,7 +120,7 @@ def free_memory(device: torch.device) -> int:
     return int(free) + others
 
 
-def _kept_by_text(clip: Any, rows: int, checkpointing: bool) -> int:
+def _kept_by_text(clip: CLIP, rows: int, checkpointing: bool) -> int:
     """Bytes the text encoders keep of a step; they compute in fp32 whatever they are stored in."""
     total = 0
     for encoder in encoder_models(clip).values():

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import comfy.clip_model
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ..injection.injection import set_injection
@@ -24,7 +26,7 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 _PLAIN = {*PRECISIONS.values(), torch.float64}
 
 
-def private_patcher(patcher: Any) -> Any:
+def private_patcher(patcher: ModelPatcher) -> ModelPatcher:
     """A patcher with weights of its own and the same patches, without applied concepts.
 
     Call it under `torch.inference_mode(False)` and with the original unloaded: weights loaded
@@ -66,7 +68,7 @@ def _copied(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model, known)
 
 
-def private_clip(clip: Any) -> Any:
+def private_clip(clip: CLIP) -> CLIP:
     """A CLIP with weights of its own through which gradients can flow."""
     private = clip.clone()
     private.patcher = private_patcher(clip.patcher)
@@ -77,7 +79,7 @@ def private_clip(clip: Any) -> Any:
     return private
 
 
-def unload(patcher: Any) -> None:
+def unload(patcher: ModelPatcher) -> None:
     """Unload a patcher and its clones, which restores their weights as they were loaded."""
     loaded_models = comfy.model_management.current_loaded_models
     for loaded in list(loaded_models):
@@ -99,7 +101,7 @@ def ordinary(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def training_dtype(patcher: Any, precision: Precision = "auto") -> torch.dtype:
+def training_dtype(patcher: ModelPatcher, precision: Precision = "auto") -> torch.dtype:
     """The dtype to compute in. "auto": the model's own, except fp16.
 
     Gradients underflow in fp16 unless the loss is scaled, so it is only taken when asked for.
@@ -114,7 +116,7 @@ def training_dtype(patcher: Any, precision: Precision = "auto") -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def compute_in(patcher: Any, dtype: torch.dtype) -> None:
+def compute_in(patcher: ModelPatcher, dtype: torch.dtype) -> None:
     """Make a private model compute in a dtype; call it before it is loaded.
 
     Its weights are converted, because a weight that is cast where it is used is kept a second time

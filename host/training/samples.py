@@ -11,6 +11,8 @@ import comfy.model_management
 import comfy.sample
 import numpy
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from einops import rearrange
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -19,12 +21,12 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ..injection.apply import apply_concepts
 from ..injection.injection import KEY
+from ..pictures.thumbnails import UNREADABLE
 
 # A strip has at most this many steps in it: the first, the last, and some between.
 MOST_COLUMNS = 12
 SAMPLER, SCHEDULER = "euler", "normal"
 _NOTE = "perfusion"
-_UNREADABLE = (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,16 @@ class Painter:
     the user's models are handled (ComfyUI's prompts run under `torch.inference_mode`).
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: VAE) -> None:
         self._vae = vae
         self._mode = torch.is_inference_mode_enabled()
 
     def draw(
-        self, model: Any, clip: Any, settings: SampleSettings, concept: Concept | None
+        self,
+        model: ModelPatcher,
+        clip: CLIP,
+        settings: SampleSettings,
+        concept: Concept | None,
     ) -> Tensor:
         """A picture for each prompt, uint8 (n, H, W, 3), with the concept or with none.
 
@@ -88,13 +94,13 @@ class Painter:
         return pixels.cpu().clone()
 
 
-def _sampled(model: Any, clip: Any, prompt: str, settings: SampleSettings) -> Tensor:
+def _sampled(model: ModelPatcher, clip: CLIP, prompt: str, settings: SampleSettings) -> Tensor:
     """The latent (1, C, h, w) a KSampler makes of a prompt and an empty negative one."""
     positive, negative = (
         clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")
     )
-    channels = model.get_model_object("latent_format").latent_channels
-    empty = torch.zeros(1, channels, *settings.size)
+    latent_format: Any = model.get_model_object("latent_format")
+    empty = torch.zeros(1, latent_format.latent_channels, *settings.size)
     noise = comfy.sample.prepare_noise(empty, settings.seed)
     return comfy.sample.sample(
         model,
@@ -151,6 +157,6 @@ def of_png(content: bytes, settings: SampleSettings) -> Tensor | None:
             if image.info.get(_NOTE) != json.dumps(asdict(settings)):
                 return None
             pixels = torch.from_numpy(numpy.array(image.convert("RGB")))
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
     return rearrange(pixels, "(n h) w c -> n h w c", n=len(settings.prompts))

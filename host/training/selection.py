@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
@@ -62,8 +63,8 @@ class Selection:
 
 @torch.no_grad()
 def score_checkpoints(
-    clip_vision: Any,
-    clip: Any,
+    clip_vision: ClipVisionModel,
+    clip: CLIP,
     checkpoints: Sequence[Checkpoint],
     images: Iterable[Tensor],
     prompts: Sequence[str],
@@ -132,7 +133,7 @@ def _check(checkpoints: Sequence[Checkpoint], prompts: Sequence[str], plain: Ten
             )
 
 
-def _embed(clip_vision: Any, pictures: Tensor, name: str) -> Tensor:
+def _embed(clip_vision: ClipVisionModel, pictures: Tensor, name: str) -> Tensor:
     """Embeddings (n, d) fp32 of pictures (H, W, C) or (n, H, W, C)."""
     rows = pictures[None] if pictures.ndim == 3 else pictures
     found = []
@@ -149,7 +150,7 @@ def _embed(clip_vision: Any, pictures: Tensor, name: str) -> Tensor:
     return torch.cat(found)
 
 
-def _embed_texts(clip: Any, name: str, prompts: Sequence[str]) -> Tensor:
+def _embed_texts(clip: CLIP, name: str, prompts: Sequence[str]) -> Tensor:
     """What one text encoder projects prompts to, (n, d) fp32.
 
     Of a prompt beyond 75 tokens the first 75 count: CLIP reads no more at once.
@@ -170,7 +171,9 @@ def _embed_texts(clip: Any, name: str, prompts: Sequence[str]) -> Tensor:
     return torch.cat(found)
 
 
-def _shared_space(clip_vision: Any, clip: Any, training: Tensor, superclass: str) -> str | None:
+def _shared_space(
+    clip_vision: ClipVisionModel, clip: CLIP, training: Tensor, superclass: str
+) -> str | None:
     """The text encoder whose projection and the vision model's share a space, or None."""
     if clip_vision.model_type != "clip_vision_model":
         return None

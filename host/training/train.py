@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import comfy.model_management
 import comfy.utils
+from comfy.clip_vision import ClipVisionModel
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
@@ -16,6 +17,7 @@ from ...perfusion.gated.covariance import Covariance, Positions
 from ...perfusion.training.config import TrainingConfig
 from ...perfusion.training.results import TrainingResult
 from ..files.concept_files import signed
+from ..models.loaded import Models
 from ..pictures.image_rows import training_rows
 from ..pictures.training_images import TrainingImages, encode_images
 from ..text.caption_sources import CaptionSource, built_in
@@ -24,7 +26,7 @@ from .memory import MemoryEstimate, estimate_memory
 from .options import TrainingOptions
 from .private_copy import training_dtype
 from .samples import Painter
-from .selection import score_checkpoints
+from .selection import Checkpoint, score_checkpoints
 from .session import Session
 from .view import check_training, training_view
 
@@ -32,8 +34,31 @@ logger = logging.getLogger("perfusion")
 
 
 @dataclass(frozen=True, eq=False)
+class Material:
+    """What a concept is learned from.
+
+    Attributes:
+        images: the pictures, as `training_images.encode_images` takes them.
+        masks: as it takes them, too.
+        statistics: of the text encoder, or the captions to measure them on where they have not
+            been found on disk; None for the built-in captions.
+    """
+
+    images: Sequence[Tensor]
+    masks: Sequence[Tensor] | None = None
+    statistics: Covariance | CaptionSource | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Trained:
-    """The concept to use, the whole run, its samples (1, H, W, 3) in 0..1, and a text about it."""
+    """What a training made.
+
+    Attributes:
+        concept: the one to use.
+        result: the whole run.
+        samples: what was drawn, (1, H, W, 3) in 0..1.
+        report: a text about it.
+    """
 
     concept: Concept
     result: TrainingResult
@@ -42,7 +67,7 @@ class Trained:
 
 
 def covariance_with_progress(
-    clip: Any, source: CaptionSource, positions: Positions = "words"
+    clip: CLIP, source: CaptionSource, positions: Positions = "words"
 ) -> Covariance:
     """`covariance_of` with a progress bar, interruptible after every batch."""
     progress = comfy.utils.ProgressBar(source.count)
@@ -55,24 +80,17 @@ def covariance_with_progress(
 
 
 def train(
-    model: Any,
-    clip: Any,
-    vae: Any,
-    images: Sequence[Tensor],
-    masks: Sequence[Tensor] | None,
-    covariance: Covariance | None,
+    models: Models,
+    material: Material,
     config: TrainingConfig,
     options: TrainingOptions | None = None,
-    source: CaptionSource | None = None,
-    clip_vision: Any = None,
+    clip_vision: ClipVisionModel | None = None,
 ) -> Trained:
     """Train a concept; the models are afterwards what they were before, whatever happens.
 
-    `images` and `masks` as `training_images.encode_images` takes them. `options` come on top of
-    `config`. Without a covariance, that of `source` (by default the built-in captions) is found on
-    disk or measured first. With a CLIP vision model the best of the concepts that were sampled is
-    returned, without it the last. May be interrupted anywhere: what was learned is then in the
-    run's folder (`runs.Run`), from which the same training goes on.
+    `options` come on top of `config`. With a CLIP vision model the best of the concepts that were
+    sampled is returned, without it the last. May be interrupted anywhere: what was learned is then
+    in the run's folder (`runs.Run`), from which the same training goes on.
 
     Raises:
         ValueError: for input that cannot be trained on, and when training met NaN.
@@ -80,53 +98,24 @@ def train(
     """
     options = options or TrainingOptions()
     config = config.with_settings(options)
-    words = config.superclass, config.placeholder
     # Measuring and encoding take a while: what is wrong is said before.
-    check_training(model, clip, *words)
-    training_rows(images, masks, options.images.alpha)
-    prompts = options.prompts_for(config.placeholder)
-    if clip_vision is not None and not prompts:
-        raise ValueError(
-            "clip_vision: expected samples to choose the best checkpoint by, found sample_every "
-            "0; set it to 50 or so, or disconnect clip_vision"
-        )
-    if covariance is None:
-        covariance = covariance_with_progress(clip, source or built_in())
-    pictures = encode_images(vae, images, masks, replace(options.images, seed=config.seed))
-    memory = _memory(model, clip, vae, pictures, config, options)
-    logger.log(logging.INFO if memory.fits else logging.WARNING, "%s", memory.statement())
-
-    def sign(concept: Concept) -> Concept:
-        return signed(concept, pictures.digest)
-
-    painter, session = Painter(vae), None
-    try:
-        with training_view(
-            *(model, clip, pictures, *words), options.precision, options.gradient_checkpointing
-        ) as view:
-            session = Session(view, painter, config, options, covariance, sign)
-            result = session.train()
-            found = [] if clip_vision is None else session.checkpoints()
-            plain = session.plain_pictures() if found else None
-    except Exception as error:
-        if not comfy.model_management.is_oom(error):
-            raise
-        saved = "nothing was learned yet" if session is None else session.saved
-        raise MemoryError(
-            f"not enough memory to train, not even with one picture at once ({memory.statement()});"
-            " switch gradient checkpointing on, make the resolution smaller, or use bf16 in the "
-            f"training options; {saved}"
-        ) from error
+    _check(models, material, config, options, clip_vision is not None)
+    task = _prepared(models, material, config, options)
+    level = logging.INFO if task.memory.fits else logging.WARNING
+    logger.log(level, "%s", task.memory.statement())
+    learned = _learn(models, task, choose=clip_vision is not None)
+    session, result = learned.session, learned.result
     if result.error is not None:
         session.keep_partial(result)
         raise ValueError(
             f"training stopped after {result.steps} good steps: {result.error}; check the images "
             f"and the model's precision, or lower the learning rates; {session.saved}"
         )
-    concept, lines = sign(result.concept), _lines(session, result, memory)
-    if plain is not None:
+    concept, lines = session.sign(result.concept), _lines_about(learned, task.memory)
+    if clip_vision is not None and learned.plain is not None:
         selection = score_checkpoints(
-            clip_vision, clip, found, images, session.settings.prompts, plain
+            *(clip_vision, models.clip, learned.checkpoints, material.images),
+            *(session.settings.prompts, learned.plain),
         )
         concept = selection.best.concept
         lines += [f"chosen: step {selection.best.step}", selection.report]
@@ -136,27 +125,96 @@ def train(
     return Trained(concept, result, session.picture(), "\n".join(lines))
 
 
-def _memory(
-    model: Any,
-    clip: Any,
-    vae: Any,
-    pictures: TrainingImages,
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """All that training needs besides the models."""
+
+    config: TrainingConfig
+    options: TrainingOptions
+    pictures: TrainingImages
+    covariance: Covariance
+    memory: MemoryEstimate
+
+
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """A run that came to its end; with something to choose from, what the superclass draws."""
+
+    session: Session
+    result: TrainingResult
+    checkpoints: list[Checkpoint]
+    plain: Tensor | None
+
+
+def _check(
+    models: Models,
+    material: Material,
     config: TrainingConfig,
     options: TrainingOptions,
-) -> MemoryEstimate:
-    """What the largest of the pictures will need."""
+    choose: bool,
+) -> None:
+    check_training(models.model, models.clip, config.superclass, config.placeholder)
+    training_rows(material.images, material.masks, options.images.alpha)
+    if not options.prompts_for(config.placeholder) and choose:
+        raise ValueError(
+            "clip_vision: expected samples to choose the best checkpoint by, found sample_every "
+            "0; set it to 50 or so, or disconnect clip_vision"
+        )
+
+
+def _prepared(
+    models: Models, material: Material, config: TrainingConfig, options: TrainingOptions
+) -> _Task:
+    """The covariance, measured if need be, and the pictures, encoded."""
+    covariance = material.statistics or built_in()
+    if isinstance(covariance, CaptionSource):
+        covariance = covariance_with_progress(models.clip, covariance)
+    versions = replace(options.images, seed=config.seed)
+    pictures = encode_images(models.vae, material.images, material.masks, versions)
     grids = ((latents.shape[-2], latents.shape[-1]) for latents in pictures.latents)
-    return estimate_memory(
-        *(model, clip, vae),
+    memory = estimate_memory(
+        models,
         rows=min(options.rows_at_once or config.batch_size, config.batch_size),
+        # The largest of the pictures.
         latent=max(grids, key=lambda grid: grid[0] * grid[1]),
-        dtype=training_dtype(model, options.precision),
+        dtype=training_dtype(models.model, options.precision),
         checkpointing=options.gradient_checkpointing,
     )
+    return _Task(config, options, pictures, covariance, memory)
 
 
-def _lines(session: Session, result: TrainingResult, memory: MemoryEstimate) -> list[str]:
+def _learn(models: Models, task: _Task, choose: bool) -> _Learned:
+    """The run itself, on private copies of the models."""
+    config, options = task.config, task.options
+
+    def sign(concept: Concept) -> Concept:
+        return signed(concept, task.pictures.digest)
+
+    painter, session = Painter(models.vae), None
+    try:
+        with training_view(
+            *(models.model, models.clip, task.pictures, config.superclass, config.placeholder),
+            *(options.precision, options.gradient_checkpointing),
+        ) as view:
+            session = Session(view, painter, config, options, task.covariance, sign)
+            result = session.train()
+            found = session.checkpoints() if choose else []
+            plain = session.plain_pictures() if found else None
+    except Exception as error:
+        if not comfy.model_management.is_oom(error):
+            raise
+        saved = "nothing was learned yet" if session is None else session.saved
+        raise MemoryError(
+            "not enough memory to train, not even with one picture at once "
+            f"({task.memory.statement()}); switch gradient checkpointing on, make the resolution "
+            f"smaller, or use bf16 in the training options; {saved}"
+        ) from error
+    return _Learned(session, result, found, plain)
+
+
+def _lines_about(learned: _Learned, memory: MemoryEstimate) -> list[str]:
     """What there is to say of a run that finished."""
+    session, result = learned.session, learned.result
     begun = f" (continued from step {session.began_at})" if session.began_at else ""
     smoothed = [means.mean for means in result.record.smoothed()]
     lines = [

@@ -9,6 +9,8 @@ from typing import Any
 import comfy.ldm.modules.attention
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ...perfusion.gated.rank_one import GatedProjections, Part
@@ -38,8 +40,8 @@ _OWNER = 0
 
 @contextlib.contextmanager
 def training_view(
-    model: Any,
-    clip: Any,
+    model: ModelPatcher,
+    clip: CLIP,
     pictures: TrainingImages,
     superclass: str,
     placeholder: str,
@@ -59,7 +61,7 @@ def training_view(
     """
     check_training(model, clip, superclass, placeholder)
     was_training = comfy.model_management.in_training
-    private: list[Any] = []
+    private: list[ModelPatcher] = []
     # The user's own models are handled in the caller's mode, in which their weights were made.
     for patcher in (clip.patcher, model):
         unload(patcher)
@@ -87,11 +89,16 @@ class TrainingView:
     """Implements `perfusion.denoiser.Denoiser`; made by `training_view`."""
 
     def __init__(
-        self, model: Any, clip: Any, pictures: TrainingImages, superclass: str, placeholder: str
+        self,
+        model: ModelPatcher,
+        clip: CLIP,
+        pictures: TrainingImages,
+        superclass: str,
+        placeholder: str,
     ) -> None:
         # The private copies themselves, for whoever draws with them.
-        self.patcher: Any = model
-        self.clip: Any = clip
+        self.patcher = model
+        self.clip = clip
         self._model = model.model
         self._device = model.load_device
         self._dtype = self._model.get_dtype_inference()
@@ -284,7 +291,7 @@ def _attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-def check_training(model: Any, clip: Any, superclass: str, placeholder: str) -> None:
+def check_training(model: ModelPatcher, clip: CLIP, superclass: str, placeholder: str) -> None:
     """Make sure a model, its CLIP and these words can be trained with.
 
     Raises:

@@ -63,7 +63,8 @@ class Learner:
             self.scale, self.since_scaled = self.scale / 2, 0
             losses, order = self._backward(batch, self._encode(prompts, follow=False), rows_at_once)
         if self.scale != 1.0:
-            torch._foreach_div_(self._gradients(), self.scale)
+            for gradient in self._gradients():
+                gradient /= self.scale
         for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = full * rate
         self.optimizer.step()

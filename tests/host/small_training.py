@@ -15,12 +15,13 @@ from comfyui_perfusion.demo.captions import sample_captions
 from comfyui_perfusion.demo.model import small_model
 from comfyui_perfusion.demo.world import personal_pictures, world_weights
 from comfyui_perfusion.host.files.concept_files import signed
+from comfyui_perfusion.host.models.loaded import Models
 from comfyui_perfusion.host.pictures.training_images import encode_images
 from comfyui_perfusion.host.text.covariance import measure_covariance
 from comfyui_perfusion.host.training.options import TrainingOptions
 from comfyui_perfusion.host.training.samples import Painter
 from comfyui_perfusion.host.training.session import Session
-from comfyui_perfusion.host.training.train import train
+from comfyui_perfusion.host.training.train import Material, train
 from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.nodes.training import PerfusionTrainConcept
 from comfyui_perfusion.perfusion import TrainingConfig
@@ -80,7 +81,8 @@ class SmallTraining:
         """`Trained`; `config` changes main settings, the rest is for `TrainingOptions`."""
         with torch.inference_mode():
             return train(
-                *(self.model, self.clip, self.vae, [self.images], [self.masks], self.covariance),
+                Models(self.model, self.clip, self.vae),
+                Material([self.images], [self.masks], self.covariance),
                 TrainingConfig(**{**SETTINGS, **(config or {})}),
                 TrainingOptions(**{**OPTIONS, **options}),
                 clip_vision=clip_vision,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
+from comfyui_perfusion.host.models.loaded import Models
 from comfyui_perfusion.host.training import memory
 from comfyui_perfusion.host.training.activations import kept_by_unet
 from comfyui_perfusion.host.training.memory import MemoryEstimate, estimate_memory
@@ -23,7 +24,7 @@ def world_of(worlds, family, side=SIDE):
 
 def estimate(world, rows=ROWS, dtype=torch.float32, checkpointing=False, side=SIDE):
     latent = side // 8, side // 8
-    return estimate_memory(*world[:3], rows, latent, dtype, checkpointing)
+    return estimate_memory(Models(*world[:3]), rows, latent, dtype, checkpointing)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

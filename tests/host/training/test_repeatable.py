@@ -20,17 +20,23 @@ def settings():
     )
 
 
+def interrupted():
+    """A training on a GPU that is cancelled."""
+    with repeatable(torch.device("cuda:0")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.backends.cudnn.benchmark
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("benchmark", [False, True])
 def test_a_gpu_is_asked_for_a_fixed_order_only_while_it_trains(benchmark):
     kept = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = benchmark
     try:
         before = settings()
-        with pytest.raises(KeyboardInterrupt), repeatable(torch.device("cuda:0")):  # noqa: PT012
-            assert torch.are_deterministic_algorithms_enabled()
-            assert torch.is_deterministic_algorithms_warn_only_enabled()
-            assert not torch.backends.cudnn.benchmark
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         assert settings() == before
         with repeatable(torch.device("cpu")):
             assert settings() == before
