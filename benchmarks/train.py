@@ -43,15 +43,10 @@ from comfyui_perfusion.host.pictures.training_images import encode_images  # noq
 from comfyui_perfusion.host.text.captions import everyday_captions  # noqa: E402
 from comfyui_perfusion.host.text.covariance import measure_covariance  # noqa: E402
 from comfyui_perfusion.host.training.view import TrainingView, training_view  # noqa: E402
-from comfyui_perfusion.perfusion import (  # noqa: E402
-    Batch,
-    Covariance,
-    Progress,
-    TrainingCallbacks,
-    TrainingConfig,
-    train_concept,
-)
+from comfyui_perfusion.perfusion import Covariance, TrainingConfig, train_concept  # noqa: E402
+from comfyui_perfusion.perfusion.modules.following import Batch  # noqa: E402
 from comfyui_perfusion.perfusion.text.prompts import TEMPLATES, fill  # noqa: E402
+from comfyui_perfusion.perfusion.training.results import Progress, TrainingCallbacks  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 from ._models import PUBLISHED_CHANNELS, random_model, text_encoder  # noqa: E402

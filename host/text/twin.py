@@ -95,9 +95,7 @@ def _met_a_plain_layer(args: Sequence[Any]) -> None:
         )
 
 
-def _writes_into_a_plain_tensor(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> bool:
+def _writes_into_a_plain_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     # A plain tensor has room for one of the two only.
     target = kwargs.get("out")
     written = name == "__setitem__" or name.startswith("__i")

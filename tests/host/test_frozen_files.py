@@ -13,14 +13,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from comfyui_perfusion.perfusion import (
-    load_concept,
-    load_covariance,
-    load_state,
-    save_concept,
-    save_covariance,
-    save_state,
-)
+from comfyui_perfusion.perfusion import load_concept, load_covariance, save_concept, save_covariance
+from comfyui_perfusion.perfusion.training.state import load_state, save_state
 
 from tests.frozen.scenes import SCENES, Training, latents
 from tests.host.small_training import run_folder, use_folder

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from comfyui_perfusion.host.pictures.training_images import encode_images
 from comfyui_perfusion.host.training.view import training_view
-from comfyui_perfusion.perfusion import Batch, Direction, GatedProjections, gated_inputs
+from comfyui_perfusion.perfusion import Direction, gated_inputs
 from comfyui_perfusion.perfusion.gated.gate import Gate
+from comfyui_perfusion.perfusion.gated.rank_one import GatedProjections
+from comfyui_perfusion.perfusion.modules.following import Batch
 
 WORDS = {"superclass": "coffee mug", "placeholder": "<thing>"}
 

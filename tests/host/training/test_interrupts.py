@@ -9,7 +9,8 @@ from collections import Counter
 import comfy.model_management
 import pytest
 from comfyui_perfusion.host.training.runs import STATE
-from comfyui_perfusion.perfusion import load_concept, load_state
+from comfyui_perfusion.perfusion import load_concept
+from comfyui_perfusion.perfusion.training.state import load_state
 
 from tests.host.small_training import STEPS, SmallTraining, Tripwire, run_folder, use_folder
 

@@ -14,7 +14,8 @@ import comfy.model_management
 import pytest
 import torch
 from comfyui_perfusion.host.training.runs import STATE, Run
-from comfyui_perfusion.perfusion import load_concept, load_state
+from comfyui_perfusion.perfusion import load_concept
+from comfyui_perfusion.perfusion.training.state import load_state
 from PIL import Image
 
 from tests.host.small_training import STEPS, SmallTraining, Tripwire, run_folder, use_folder

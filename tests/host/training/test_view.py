@@ -12,7 +12,9 @@ from comfyui_perfusion.host.models.native_loss import schedule
 from comfyui_perfusion.host.pictures.training_images import ImageOptions, encode_images
 from comfyui_perfusion.host.text.placeholders import PlaceholderError, serve_vectors
 from comfyui_perfusion.host.training.view import training_view
-from comfyui_perfusion.perfusion import Batch, GatedProjections, gated_inputs
+from comfyui_perfusion.perfusion import gated_inputs
+from comfyui_perfusion.perfusion.gated.rank_one import GatedProjections
+from comfyui_perfusion.perfusion.modules.following import Batch
 
 from tests.host.training_world import WORDS, batch_of, edit_for, view_of
 
