@@ -11,6 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..shapes import Encodings, Moment, TokenMask, Vector
+
 Positions = Literal["words", "all"]
 
 
@@ -18,14 +20,21 @@ Positions = Literal["words", "all"]
 class Covariance:
     """Uncentred second moment C of the encodings that condition one model.
 
-    ``matrix`` (D, D) is fp64 on the CPU, the mean of ``e e^T`` over ``tokens`` tokens of
-    ``captions`` captions. ``positions`` says which tokens counted: "words" (words and the end
-    token) or "all" (padding and the start token too). ``encoder_hash`` identifies the text
-    encoder, its layer and its concatenation. ``ridge`` is relative to the mean eigenvalue and
-    only enters the solve.
+    Attributes:
+        matrix: the mean of ``e e^T`` over all tokens, fp64 on the CPU.
+        tokens: how many there were.
+        captions: in how many captions.
+        positions: which tokens counted: "words" (words and the end token) or "all" (padding and
+            the start token too).
+        encoder_hash: identifies the text encoder, its layer and its concatenation.
+        ridge: relative to the mean eigenvalue; only enters the solve.
+
+    Raises:
+        ValueError: for a matrix that is not square, fp64, finite and of positive trace, and for a
+            ridge out of range.
     """
 
-    matrix: Tensor
+    matrix: Moment
     tokens: int
     captions: int
     positions: Positions
@@ -82,10 +91,12 @@ class Covariance:
         eigenvalues = torch.linalg.eigvalsh(self._regularised)
         return float(eigenvalues[-1] / eigenvalues[0])
 
-    def dual(self, i: Tensor) -> Tensor:
-        """``u = C^-1 i`` (D,) in fp64 on the CPU; the factor is computed once and kept.
+    def dual(self, i: Vector) -> Vector:
+        """``u = C^-1 i`` in fp64 on the CPU; the factor is computed once and kept.
 
-        Raises ValueError when the width differs, naming both.
+        Raises:
+            ValueError: when the width differs (naming both), and for a matrix that is not
+                positive definite.
         """
         if i.shape != (self.width,):
             raise ValueError(
@@ -97,7 +108,16 @@ class Covariance:
 
 
 class CovarianceAccumulator:
-    """Streams encodings into a `Covariance`: only the (D, D) sum is ever held."""
+    """Streams encodings into a `Covariance`: only the (D, D) sum is ever held.
+
+    Args:
+        width: D.
+        positions: which tokens count, see `Covariance`.
+        encoder_hash: names the text encoder.
+
+    Raises:
+        ValueError: for other positions.
+    """
 
     def __init__(self, width: int, positions: Positions, encoder_hash: str) -> None:
         if positions not in ("words", "all"):
@@ -108,11 +128,17 @@ class CovarianceAccumulator:
         self._positions: Positions = positions
         self._encoder_hash = encoder_hash
 
-    def add(self, encodings: Tensor, mask: Tensor | None = None) -> None:
-        """Add encodings (B, N, D); ``mask`` (B, N) bool marks the words and the end tokens.
+    def add(self, encodings: Encodings, mask: TokenMask | None = None) -> None:
+        """Add the encodings of some captions.
 
-        The mask is required for positions "words" and ignored for "all". Raises ValueError for
-        shapes that do not fit and for NaN or infinity among the counted encodings.
+        Args:
+            encodings: of any number of tokens.
+            mask: marks the words and the end tokens; required for positions "words" and ignored
+                for "all".
+
+        Raises:
+            ValueError: for shapes that do not fit and for NaN or infinity among the counted
+                encodings.
         """
         width = self._sum.shape[0]
         if encodings.ndim != 3 or encodings.shape[-1] != width:
@@ -142,7 +168,11 @@ class CovarianceAccumulator:
         self._captions += encodings.shape[0]
 
     def result(self, ridge: float = 1e-4) -> Covariance:
-        """The mean over all tokens added so far. Raises ValueError when there are none."""
+        """The mean over all tokens added so far.
+
+        Raises:
+            ValueError: when there are none.
+        """
         if self._tokens == 0:
             raise ValueError("expected at least one token to measure the covariance of, found none")
         return Covariance(

@@ -11,11 +11,16 @@ from .gate import Gate
 class GateSchedule:
     """A concept's gate over the course of sampling; outside of it the concept does not exist.
 
-    ``start`` and ``end`` are parts of the sampling, 0 (pure noise) to 1 (the picture). ``bias``
-    and ``temperature`` each hold the value at the start and at the end; between them the gate
-    moves linearly. ``blocks`` names the parts of the model the concept acts in, none meaning all;
-    what the names stand for is the host's business. Raises ValueError for an empty or impossible
-    range and for values the gate cannot take.
+    Attributes:
+        start: part of the sampling, 0 (pure noise) to 1 (the picture), from which it acts.
+        end: part of the sampling up to which it acts.
+        bias: its value at the start and at the end; between them the gate moves linearly.
+        temperature: the same.
+        blocks: the parts of the model the concept acts in, none meaning all; what the names stand
+            for is the host's business.
+
+    Raises:
+        ValueError: for an empty or impossible range and for values the gate cannot take.
     """
 
     start: float

@@ -7,16 +7,26 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from ..shapes import Encodings, Vector
+
 
 def locked_outputs(
-    project: Callable[[str, Tensor], Tensor], names: Iterable[str], superclass_encoding: Tensor
+    project: Callable[[str, Encodings], Tensor], names: Iterable[str], superclass_encoding: Vector
 ) -> dict[str, Tensor]:
     """``o_K = W_K e_super`` for every layer, through the layer's own forward.
 
-    ``project(name, encodings)`` maps (1, 1, D) to (1, 1, d) with the unedited key projection of
-    the attention ``name``; ``superclass_encoding`` has shape (D,). Returns name -> (d,), without
-    gradient. The keys follow the model in use, so they are computed again for each model and
-    never stored. Raises ValueError for no layers and for an encoding that is not a vector.
+    The keys follow the model in use, so they are computed again for each model and never stored.
+
+    Args:
+        project: (name, encodings) -> the unedited key projection of the attention ``name``.
+        names: of the attentions.
+        superclass_encoding: what the keys are locked to.
+
+    Returns:
+        Name -> output (d,), without gradient.
+
+    Raises:
+        ValueError: for no layers and for an encoding that is not a vector.
     """
     if superclass_encoding.ndim != 1:
         raise ValueError(

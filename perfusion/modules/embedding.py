@@ -21,10 +21,13 @@ Tokenize = Callable[[list[str]], Tensor]
 
 
 class EmbeddingReturn(NamedTuple):
-    """What the wrappers return: (B, N, dim), (B, N, dim) or None, (B, N) bool, (B,) or None.
+    """What the wrappers return.
 
-    ``concept_indices`` holds for both encodings; ``embed_mask`` is True at every token up to the
-    end token and False at the padding.
+    Attributes:
+        embed_with_concept: (B, N, dim).
+        embed_with_superclass: the same prompts with the superclass word, where asked for.
+        embed_mask: True at every token up to the end token and False at the padding.
+        concept_indices: (B,), the concept's position in both encodings.
     """
 
     embed_with_concept: Tensor
@@ -37,8 +40,11 @@ class EmbeddingReturn(NamedTuple):
 class PromptIds:
     """Token ids of prompts with the concept, and of the same prompts with the superclass word.
 
-    ``ids`` (B, N) has a concept's id (vocabulary size + number) at its place; ``superclass_ids``
-    (B, N) has the superclass's sub-words, ``extra`` more of them than the concept's one token.
+    Attributes:
+        ids: (B, N), with a concept's id (vocabulary size + number) at its place.
+        superclass_ids: (B, N), with the superclass's sub-words there.
+        concept_indices: (B,), the place.
+        extra: how many more sub-words there are than the concept's one token.
     """
 
     ids: Tensor
@@ -50,14 +56,21 @@ class PromptIds:
 class EmbeddingWrapper(nn.Module):
     """An `nn.Embedding` with ``num_concepts`` trainable vectors ``concepts`` (k, dim) beside it.
 
-    Name the superclass by ``superclass_string``, tokenised by ``tokenize`` (a list of texts ->
-    ids (B, N); open_clip's tokenizer unless given), or by ``superclass_embed_id``, the id or the
-    ids of its sub-words. A concept starts at the mean of its superclass's sub-words; without a
-    superclass at small random values. ``tokenizer_sos_eos_id`` are the ids of the start and the
-    end token. The wrapped embedding is frozen.
+    The vectors stay in fp32 whatever the network is cast to. A concept starts at the mean of its
+    superclass's sub-words; without a superclass at small random values.
 
-    Raises ValueError for a superclass that is no token at all or not in the vocabulary, and
-    ImportError, naming the remedy, when open_clip's tokenizer is needed and missing.
+    Args:
+        embed: the embedding; it is frozen.
+        num_concepts: k.
+        superclass_embed_id: the id of the superclass word, or the ids of its sub-words.
+        superclass_string: or the word itself.
+        tokenize: a list of texts -> ids (B, N); open_clip's tokenizer unless given.
+        tokenizer_pad_id: the id of padding.
+        tokenizer_sos_eos_id: the ids of the start and the end token.
+
+    Raises:
+        ValueError: for a superclass that is no token at all or not in the vocabulary.
+        ImportError: naming the remedy, when open_clip's tokenizer is needed and missing.
     """
 
     def __init__(
@@ -128,16 +141,20 @@ class EmbeddingWrapper(nn.Module):
     ) -> EmbeddingReturn:
         """Embeddings of prompts with the concept, and with its superclass in the same place.
 
-        ``x``: texts, in which the superclass word becomes the concept, or ids (B, N) with
-        `concept_embed_ids`. ``concept_id`` says which concepts may appear (all of them; in
-        training concept 0). The superclass embeddings and the indices come in training, and in
-        eval mode where ``return_embed_with_superclass`` is True. ``clip_transformer_fn``
-        (B, N, dim) -> (B, N, D) is applied to both.
+        Args:
+            x: texts, in which the superclass word becomes the concept, or ids (B, N) with
+                `concept_embed_ids`.
+            concept_id: which concepts may appear (all of them; in training concept 0).
+            return_embed_with_superclass: the superclass embeddings and the indices come in
+                training, and in eval mode where this is True.
+            clip_transformer_fn: (B, N, dim) -> (B, N, D), applied to both.
 
-        Raises ValueError for a prompt that does not hold the concept exactly once (naming it)
-        where that is needed, IndexError for concepts that do not exist, and ValueError for a
-        superclass of several sub-words without ``clip_transformer_fn``: only encodings can be
-        put into line with those of the shorter prompt.
+        Raises:
+            ValueError: for a prompt that does not hold the concept exactly once (naming it) where
+                that is needed, and for a superclass of several sub-words without
+                ``clip_transformer_fn``: only encodings can be put into line with those of the
+                shorter prompt.
+            IndexError: for concepts that do not exist.
         """
         tokens = self.tokens(x, concept_id, return_embed_with_superclass)
         if tokens.extra and clip_transformer_fn is None:
@@ -284,7 +301,8 @@ class EmbeddingWrapper(nn.Module):
 def merge_embedding_wrappers(*wrappers: EmbeddingWrapper) -> EmbeddingWrapper:
     """One wrapper, in eval mode, with the concepts of several over the same embedding.
 
-    Raises ValueError for none and for embeddings of different shapes (naming them).
+    Raises:
+        ValueError: for none and for embeddings of different shapes (naming them).
     """
     if not wrappers:
         raise ValueError("expected at least one wrapper to merge, found none")
@@ -307,7 +325,11 @@ def merge_embedding_wrappers(*wrappers: EmbeddingWrapper) -> EmbeddingWrapper:
 
 
 def open_clip_tokenizer(context_length: int = 77) -> Tokenize:
-    """open_clip's tokenizer. Raises ImportError, with the remedy, where it is not installed."""
+    """open_clip's tokenizer.
+
+    Raises:
+        ImportError: with the remedy, where it is not installed.
+    """
     try:
         from open_clip import tokenizer
     except ImportError as error:

@@ -29,12 +29,22 @@ def concept_of(
 ) -> Concept:
     """One concept of a wrapped ``model`` as a value.
 
-    The concept's layers are named after the modules that hold the projections. ``embedding`` is
-    the module that holds the `EmbeddingWrapper` where ``model`` does not, ``encoder`` the name
-    its vector gets. ``superclass`` is needed where the wrapper was not given it as a string.
+    The concept's layers are named after the modules that hold the projections.
 
-    Raises ValueError for a model without edits or with several sets of inputs, a concept that was
-    never trained, and no or several embeddings.
+    Args:
+        model: the wrapped network.
+        placeholder: the word the concept gets.
+        superclass: its everyday word; needed where the wrapper was not given it as a string.
+        concept_id: which of the model's concepts.
+        family: what kind of model it belongs to.
+        embedding: the module that holds the `EmbeddingWrapper` where ``model`` does not.
+        encoder: the name its vector gets.
+        metadata: what else the concept says about itself.
+
+    Raises:
+        ValueError: for a model without edits or with several sets of inputs, a concept that was
+            never trained, and no or several embeddings.
+        IndexError: for a concept that does not exist.
     """
     values = _value_projections(model)
     inputs = _common_inputs(values)
@@ -106,9 +116,12 @@ def load_modules(
 ) -> Concept:
     """Put a concept file into a wrapped model, as its concept ``concept_id``; returns the concept.
 
-    C is not needed: the file has the dual. Nothing is changed unless everything fits. Raises
-    `FileFormatError` for a file that cannot be read, ValueError for layers, widths or encoders
-    that do not fit (naming both sides), IndexError for a concept the model has no room for.
+    C is not needed: the file has the dual. Nothing is changed unless everything fits.
+
+    Raises:
+        FileFormatError: for a file that cannot be read.
+        ValueError: for layers, widths or encoders that do not fit (naming both sides).
+        IndexError: for a concept the model has no room for.
     """
     concept = load_concept(path)
     values = _value_projections(model)

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ..gated.covariance import Covariance, CovarianceAccumulator, Positions
+from ..shapes import Encodings, TokenMask
 from ..training.losses import masked_mean
 from .concept_inputs import ConceptInputs
 from .embedding import EmbeddingWrapper
 from .projections import Rank1EditModule
 
-Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+Encode = Callable[[Sequence[str]], tuple[Encodings, TokenMask]]
 
 
 class TextEncoder(Protocol):
     """Something that encodes texts: `OpenClipEmbedWrapper` does."""
 
-    def embed_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Encodings (B, N, D), and a bool mask (B, N) of the words and end tokens."""
+    def embed_texts(self, texts: Sequence[str]) -> tuple[Encodings, TokenMask]:
+        """The encodings, and a mask of the words and end tokens."""
         ...
 
 
@@ -31,7 +32,10 @@ def finetune_groups(
     """Parameter groups for any torch optimiser: value outputs at ``lr``, embeddings slower.
 
     The rates are the paper's. Hand over every module that holds a part: the network, and the
-    text encoder where it is not inside of it. Raises ValueError where there is nothing to train.
+    text encoder where it is not inside of it.
+
+    Raises:
+        ValueError: where there is nothing to train.
     """
     modules = [module for model in models for module in model.modules()]
     outputs = [
@@ -51,7 +55,11 @@ def finetune_groups(
 
 
 def get_finetune_parameters(*models: nn.Module) -> list[nn.Parameter]:
-    """All trainable parameters of the concepts: value outputs and embeddings. Errors as above."""
+    """All trainable parameters of the concepts: value outputs and embeddings.
+
+    Raises:
+        ValueError: where there is nothing to train.
+    """
     return [parameter for group in finetune_groups(*models) for parameter in group["params"]]
 
 
@@ -64,9 +72,11 @@ def get_finetune_optimizer(
 ) -> torch.optim.Optimizer:
     """Adam (AdamW for a weight decay ``wd``) over `finetune_groups`.
 
-    The target inputs of the models then move once per step of this optimiser, also when
-    gradients of several batches are accumulated. Raises ValueError where nothing is to be
-    trained.
+    The target inputs of the models then move once per step of this optimiser, towards the mean
+    over its batches when gradients of several are accumulated.
+
+    Raises:
+        ValueError: where there is nothing to train.
     """
     groups = finetune_groups(*models, lr=lr, embedding_lr=embedding_lr)
     optimizer: torch.optim.Optimizer
@@ -92,12 +102,18 @@ def loss_fn_weighted_by_mask(
 ) -> Tensor:
     """Squared error of ``pred`` and ``target`` (B, C, ...) where ``mask`` says it matters.
 
-    ``mask`` (B, ...) or (B, 1, ...) is divided by each sample's largest value and weighs once;
-    ``normalized_mask_min_value`` is the least weight anything keeps. Each sample is normalised by
-    the sum of its weights. Any number of axes after the channels: pictures, sound, motion.
+    Each sample is normalised by the sum of its weights. Any number of axes after the channels:
+    pictures, sound, motion.
 
-    Raises ValueError for shapes that differ (naming them), and for masks with negative or no
-    weights.
+    Args:
+        pred: the prediction.
+        target: what it should have been.
+        mask: (B, ...) or (B, 1, ...), divided by each sample's largest value; weighs once.
+        normalized_mask_min_value: the least weight anything keeps.
+
+    Raises:
+        ValueError: for shapes that differ (naming them), and for masks with negative or no
+            weights.
     """
     if pred.shape != target.shape or pred.ndim < 3:
         raise ValueError(
@@ -132,10 +148,19 @@ def calculate_input_covariance(
 ) -> Covariance:
     """The covariance C of a text encoder's output over many captions, streamed in fp64.
 
-    ``encoder`` is an `OpenClipEmbedWrapper`, or anything with ``embed_texts``, or a function:
-    texts -> encodings (B, N, D) and a bool mask (B, N) of the words and end tokens. Use at least
-    as many different words as D. The result goes to ``C=`` or ``input_covariance=`` as it is;
-    its ``matrix`` is the tensor. Raises ValueError for no texts and for NaN.
+    Args:
+        encoder: an `OpenClipEmbedWrapper`, or anything with ``embed_texts``, or a function:
+            texts -> encodings and a mask of the words and end tokens.
+        texts: the captions; use at least as many different words as D.
+        batch_size: how many are encoded at once.
+        positions: which tokens count, see `Covariance`.
+        encoder_hash: a name for the encoder.
+
+    Returns:
+        What goes to ``C=`` or ``input_covariance=`` as it is; its ``matrix`` is the tensor.
+
+    Raises:
+        ValueError: for no texts and for NaN.
     """
     if isinstance(texts, str) or not texts:
         raise ValueError("expected a list of captions, found " + ("one" if texts else "none"))

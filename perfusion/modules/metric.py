@@ -6,9 +6,9 @@ import logging
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from ..gated.covariance import Covariance
+from ..shapes import Moment, Vector
 
 logger = logging.getLogger("perfusion")
 
@@ -19,30 +19,42 @@ SYMMETRY_TOLERANCE = 1e-2
 class Metric(Protocol):
     """What the modules need of C."""
 
-    def dual(self, i: Tensor) -> Tensor:
-        """``C^-1 i`` (D,) in fp64 on the CPU."""
+    def dual(self, i: Vector) -> Vector:
+        """``C^-1 i`` in fp64 on the CPU."""
         ...
 
 
 class PlainMatrix:
-    """A square matrix that is no covariance, solved as it stands."""
+    """A square matrix that is no covariance, solved as it stands.
 
-    def __init__(self, matrix: Tensor) -> None:
-        self._factors = torch.linalg.lu_factor(matrix)
+    Raises:
+        ValueError: for one without an inverse.
+    """
 
-    def dual(self, i: Tensor) -> Tensor:
-        """``C^-1 i`` (D,), its sign such that ``i . u`` is positive (similarities keep theirs)."""
+    def __init__(self, matrix: Moment) -> None:
+        *self._factors, failed = torch.linalg.lu_factor_ex(matrix)
+        if int(failed):
+            raise ValueError(
+                "C: expected a covariance, found a matrix that is none and has no inverse; measure "
+                "one with calculate_input_covariance"
+            )
+
+    def dual(self, i: Vector) -> Vector:
+        """``C^-1 i``, its sign such that ``i . u`` is positive (similarities keep theirs)."""
         column = i.detach().to("cpu", torch.float64)[:, None]
         u = torch.linalg.lu_solve(*self._factors, column)[:, 0]
         return u * torch.sign(column[:, 0] @ u)
 
 
-def as_metric(matrix: Tensor | Covariance, width: int) -> Metric:
+def as_metric(matrix: Moment | Covariance, width: int) -> Metric:
     """A `Covariance` of ``width`` D as it is, or a matrix (D, D) made one.
 
     A matrix that is not symmetric and positive definite is used as it stands, with a warning:
-    similarities then measure nothing. Raises ValueError for another shape (naming both), and for
-    NaN, infinity or nothing but zeros.
+    similarities then measure nothing.
+
+    Raises:
+        ValueError: for another shape (naming both), for NaN, infinity or nothing but zeros, and
+            for a matrix without an inverse.
     """
     plain = matrix.matrix if isinstance(matrix, Covariance) else matrix
     if plain.shape != (width, width):

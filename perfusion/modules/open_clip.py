@@ -19,12 +19,19 @@ from .token_rows import real_tokens
 class OpenClipEmbedWrapper(nn.Module):
     """An open_clip model's text encoder with a concept of one's own.
 
-    ``clip`` is a ``CLIP`` or ``CustomTextCLIP`` of open_clip with a text tower of its own (not
-    one of Hugging Face's); it is frozen. ``ln_final_path`` names the last norm within it, whose
-    output is what cross-attention reads. ``embedding_settings`` go to `EmbeddingWrapper`, which
-    is ``wrapped_embed`` and holds the only trainable parameter.
+    Its `EmbeddingWrapper` is ``wrapped_embed`` and holds the only trainable parameter.
 
-    Raises TypeError for a model without the parts named, saying which.
+    Args:
+        clip: a ``CLIP`` or ``CustomTextCLIP`` of open_clip with a text tower of its own (not one
+            of Hugging Face's); it is frozen.
+        superclass_string: this and what follows is as in `EmbeddingWrapper`.
+        ln_final_path: the last norm within the model, whose output is what cross-attention reads.
+        tokenize: open_clip's tokenizer unless given.
+        num_concepts: k.
+        superclass_embed_id: instead of the string.
+
+    Raises:
+        TypeError: for a model without the parts named, saying which.
     """
 
     def __init__(
@@ -94,7 +101,10 @@ def encode_tokens(
     """What an open_clip model's last norm gives for token ids (B, N), before pooling: (B, N, D).
 
     With ``embeds`` (B, N, dim) these take the place of the token embeddings. Differentiable with
-    respect to them. Raises TypeError for a model without the parts.
+    respect to them.
+
+    Raises:
+        TypeError: for a model without the parts.
     """
     embedding, path = _text_parts(clip, ln_final_path)
     taken: list[Tensor] = []

@@ -42,6 +42,8 @@ def test_the_single_concept_forward_in_eval_mode_agrees_in_fp32(is_key, bias, te
         found = edit_projection(linear.weight, encodings, [direction], o[None])
         expected = module(encodings)
         plain = linear(encodings)
-    assert float((found - expected).abs().max()) < 1e-4
+    # It inverts C in fp32, where we solve in fp64.
+    tolerance = torch.finfo(torch.float32).eps * float(torch.linalg.cond(covariance.double()))
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
     # The comparison means something: the edit moves these projections by far more than that.
     assert float((expected - plain).abs().max()) > 0.5

@@ -239,10 +239,8 @@ def test_bad_directions_are_refused_with_both_sides_named(random):
         )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)]
-)
-def test_lower_precision_keeps_its_dtype_and_agrees_with_fp64(dtype, tolerance, random):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_lower_precision_keeps_its_dtype_and_agrees_with_fp64(dtype, random):
     metric, weight = covariance(random), normal(random, FEATURES, WIDTH)
     inputs, outputs = normal(random, 2, WIDTH), normal(random, 2, FEATURES)
     encodings = normal(random, 2, 9, WIDTH)
@@ -250,6 +248,8 @@ def test_lower_precision_keeps_its_dtype_and_agrees_with_fp64(dtype, tolerance, 
     expected = edit_projection(weight, encodings, directions, outputs)
     found = edit_projection(weight.to(dtype), encodings.to(dtype), directions, outputs.to(dtype))
     assert found.dtype == dtype
+    # Roundings of a sum of WIDTH products, relative to the largest entry.
+    tolerance = WIDTH**0.5 * torch.finfo(dtype).eps
     assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
     _, gates = gated_inputs(encodings.to(dtype), directions)
     assert gates.dtype == torch.float32

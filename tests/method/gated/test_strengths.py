@@ -135,3 +135,20 @@ def test_both_of_two_dependent_concepts_are_named_where_their_duals_are_very_unl
         combine([first, other])
     with pytest.raises(ValueError, match="the concepts 'other' and 'first' are"):
         combine([other, first])
+
+
+@pytest.mark.parametrize("strengths", [(1.0, 0.5, 0.0), (0.2, 0.9, 0.9), (1.7, 0.3, 1.0)])
+def test_adding_the_sets_one_after_the_other_from_the_strongest_is_the_same_rule(strengths):
+    """``sum_j w_j (E_j - E_(j-1))`` over sets that grow, as encodings of keys are blended."""
+    numbers = normal(11, 2, 2, 2, FEATURES)
+
+    def of(concepts: tuple[int, ...]) -> Tensor:
+        return numbers[tuple(int(at in concepts) for at in range(3))]
+
+    found = before = of(())
+    for strength in sorted({strength for strength in strengths if strength}, reverse=True):
+        after = of(tuple(at for at in range(3) if strengths[at] >= strength))
+        found = found + strength * (after - before)
+        before = after
+    expected = of(()) + sum(part * (of(chosen) - of(())) for part, chosen in levels(strengths))
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
