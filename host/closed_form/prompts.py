@@ -41,7 +41,7 @@ class PromptEncoder:
             for text in new:
                 if text not in self._known:
                     clip = self.text.clip
-                    row = clip.encode_from_tokens(clip.tokenize(text))[0]
+                    row, *_ = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
                     self._known[text] = self._prompt(text, sections[text], row)
         return [self._known[text] for text in prompts]
 

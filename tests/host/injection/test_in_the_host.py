@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import comfy.model_management
@@ -80,7 +81,7 @@ def by_hand(model, other, positive, negative, steps=3):
             guider.sample(start, torch.zeros_like(x), Once(), torch.stack([sigma, sigmas[-1]]))
         return seen[0]
 
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in itertools.pairwise(sigmas):
         cond, uncond = predicted(model, positive, now), predicted(other, negative, now)
         denoised = uncond + (cond - uncond) * 2.0
         x = x + (x - denoised) / now * (then - now)
@@ -140,8 +141,8 @@ def test_the_clock_of_a_noise_schedule_is_made_once_and_reads_nothing_one_by_one
     clock = clock_of(sampling)
     assert clock_of(sampling) is clock
     assert calls == [1001]
-    one_by_one = [sampling.percent_to_sigma(float(point)) for point in clock._points]
-    assert clock._sigmas.tolist() == one_by_one
+    one_by_one = [sampling.percent_to_sigma(point) for point in clock._points]
+    assert clock._sigmas == one_by_one
 
 
 def test_a_deleted_model_is_gone_at_once(worlds):
