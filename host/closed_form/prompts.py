@@ -73,7 +73,7 @@ class PromptEncoder:
                     found[text] = self._prompt(text, sections[text], row)
             for text in weighted:
                 clip = self.text.clip
-                row = clip.encode_from_tokens(clip.tokenize(text))[0]
+                row, *_ = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
                 found[text] = self._prompt(text, sections[text], row)
         return found
 

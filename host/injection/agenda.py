@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import operator
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -97,16 +99,17 @@ class Agenda:
 class Clock:
     """Tells from the noise level how far the sampling of one model is.
 
-    All it needs of the noise schedule is read once, into a table on the CPU.
+    All it needs of the noise schedule is read once, into a table.
     """
 
     def __init__(self, sampling: NoiseSchedule) -> None:
         self._sampling = weakref.ref(sampling)
         self._ends: dict[float, float] = {}
         # ComfyUI puts the very ends outside of the schedule.
-        self._points = torch.linspace(0, 1, _POINTS + 1, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        points = torch.linspace(0, 1, _POINTS + 1, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        self._points: list[float] = points.tolist()
         # They fall from the noise's to the picture's end.
-        self._sigmas = _sigmas(sampling, self._points)
+        self._sigmas: list[float] = _sigmas(sampling, points).tolist()
 
     def acting(self, concepts: Sequence[Concept], sigma: float) -> set[int]:
         """The concepts whose range holds a noise level, as ComfyUI's timestep ranges hold it."""
@@ -119,11 +122,11 @@ class Clock:
 
     def progress(self, sigma: float) -> float:
         """The part of the sampling done, 0 to 1."""
-        after = int((self._sigmas > sigma).sum())
+        after = bisect.bisect_left(self._sigmas, -sigma, key=operator.neg)
         if not 0 < after < len(self._points):
             return 0.0 if after == 0 else 1.0
-        higher, lower = self._sigmas[after - 1 : after + 1].tolist()
-        start, end = self._points[after - 1 : after + 1].tolist()
+        higher, lower = self._sigmas[after - 1 : after + 1]
+        start, end = self._points[after - 1 : after + 1]
         return start + (end - start) * (higher - sigma) / (higher - lower)
 
     def _end(self, percent: float) -> float:

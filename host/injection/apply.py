@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
+
 from ...perfusion.concept.concept import Concept
+from ..interface.messages import warn
 from ..models.families import Family, check_clip, cross_attentions, family_named, family_of
-from ..text.placeholders import with_placeholders
+from ..text.placeholders import PlaceholderError, with_placeholders
+from ..text.text_encoders import clip_digest
 from ..text.twin_encoder import with_twins
 from .agenda import Agenda
 from .injection import KEY, ConceptInjection, set_injection
@@ -18,8 +23,8 @@ _LOCK = f"{KEY}_key_lock"
 
 
 def apply_concepts(
-    model: Any, clip: Any, concepts: Sequence[Concept], key_lock: KeyLock = "local"
-) -> tuple[Any, Any]:
+    model: ModelPatcher, clip: CLIP, concepts: Sequence[Concept], key_lock: KeyLock = "local"
+) -> tuple[ModelPatcher, CLIP]:
     """A clone of a ModelPatcher and of a CLIP that know these concepts, besides earlier ones.
 
     Applying twice equals applying once with both lists. Without concepts, or with all strengths
@@ -38,6 +43,8 @@ def apply_concepts(
     for concept in concepts:
         check_concept(concept, model.model, family)
     applied = applied_concepts(model) + tuple(concepts)
+    check_placeholders(applied)
+    warn_of_another_encoder(clip, concepts)
     active = [concept for concept in applied if concept.gate.strength != 0]
     check_key_lock(model, active, key_lock)
     patched = model.clone()
@@ -49,12 +56,45 @@ def apply_concepts(
     return patched, with_twins(with_placeholders(clip, concepts), concepts)
 
 
-def applied_concepts(model: Any) -> tuple[Concept, ...]:
+def applied_concepts(model: ModelPatcher) -> tuple[Concept, ...]:
     """The concepts a ModelPatcher carries, in the order they were applied."""
     return model.get_attachment(KEY) or ()
 
 
-def check_key_lock(model: Any, active: Sequence[Concept], key_lock: KeyLock) -> None:
+def check_placeholders(applied: Sequence[Concept]) -> None:
+    """Make sure that every concept has a placeholder of its own.
+
+    Raises:
+        PlaceholderError: naming the word and the remedy.
+    """
+    seen: set[str] = set()
+    for concept in applied:
+        word = concept.placeholder.lower()
+        if word in seen:
+            raise PlaceholderError(
+                f"the placeholder {concept.placeholder!r} is used by two of the concepts that are "
+                "applied to this model; leave one out, or train one of them under another "
+                "placeholder"
+            )
+        seen.add(word)
+
+
+def warn_of_another_encoder(clip: CLIP, concepts: Sequence[Concept]) -> None:
+    """Say so where a concept was trained with other encodings than this CLIP makes."""
+    trained = {c.placeholder: c.metadata.get("encoder_hash") for c in concepts}
+    if not any(trained.values()):
+        return
+    here = clip_digest(clip)
+    words = [word for word, digest in trained.items() if digest not in (None, "", here)]
+    if words:
+        warn(
+            f"{', '.join(words)}: trained with another text encoder than the connected one "
+            "(another clip skip, another checkpoint, or a LoRA on one of the two), so gates may "
+            "open too much or too little; connect the CLIP it was trained with"
+        )
+
+
+def check_key_lock(model: ModelPatcher, active: Sequence[Concept], key_lock: KeyLock) -> None:
     """Make sure that these concepts, some of them on the model already, can be locked this way.
 
     Raises:

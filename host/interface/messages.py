@@ -23,11 +23,10 @@ def tell(text: str) -> None:
 def warn(text: str) -> None:
     """Warn in the log and on the node that is running; once for each run of that node."""
     context = get_executing_context()
-    if context is not None:
-        said = (context.prompt_id, context.node_id, text)
-        if said in _said:
-            return
-        _said.append(said)
+    prompt, node = ("", "") if context is None else (context.prompt_id, context.node_id)
+    if (prompt, node, text) in _said:
+        return
+    _said.append((prompt, node, text))
     logger.warning("%s", text)
     _show(text)
 

@@ -23,7 +23,8 @@ class AttentionWatch:
     """
 
     def __init__(self, word: Tensor, rows: int, self_attention: bool = True) -> None:
-        self._word = word
+        # Numbers instead of a mask: counting a mask anew in every layer waits for the device.
+        self._word = word.nonzero().flatten()
         self._most_alike = _MOST_ALIKE if self_attention else 0
         self._fewest = rows / _SHARE
         self._over_text = False

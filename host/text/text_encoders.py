@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ..models.digests import weights_digest
@@ -26,7 +28,7 @@ class TextBatch:
 class TextEncoders:
     """The text encoders of one CLIP, loaded and set as its nodes would (clip skip included)."""
 
-    def __init__(self, clip: Any) -> None:
+    def __init__(self, clip: CLIP) -> None:
         self.clip = clip
         self.family: Family = family_of_clip(clip)
         self._models = {name: encoder_models(clip)[name] for name in self.family.encoders}
@@ -101,8 +103,23 @@ class TextEncoders:
 
     def digest(self) -> str:
         """16 hexadecimal digits naming the encoder, its layer and the patches on it."""
-        layer = f"{type(self.clip.cond_stage_model).__name__} {self.clip.layer_idx}"
-        return weights_digest(self.clip.patcher, layer)
+        return clip_digest(self.clip)
+
+
+def clip_digest(clip: CLIP) -> str:
+    """16 hexadecimal digits naming a CLIP's encoder, its layer and the patches on it.
+
+    Looked up where the same model with the same patches was asked for before.
+    """
+    layer = f"{type(clip.cond_stage_model).__name__} {clip.layer_idx}"
+    known = _digests.setdefault(clip.patcher.model, {})
+    name = (str(clip.patcher.patches_uuid), layer)
+    if name not in known:
+        known[name] = weights_digest(clip.patcher, layer)
+    return known[name]
+
+
+_digests: WeakKeyDictionary[Any, dict[tuple[str, str], str]] = WeakKeyDictionary()
 
 
 def word_tokens(tokenizer: Any, word: str) -> list[int]:

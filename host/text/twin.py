@@ -57,11 +57,14 @@ class TwinEncoding(Tensor):
     ) -> Any:
         """Run a function on the first encodings and, where it goes token by token, on the twins."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.compiler.is_compiling():
+                # Inside of a model without concepts, which sees the first encodings only.
+                return func(*args, **kwargs)
             found = func(*_each(args, _first), **_each(kwargs, _first))
+            name = getattr(func, "__name__", "")
             if name not in _TOKENWISE or _writes_into_a_plain_tensor(name, args, kwargs):
-                if name == _LINEAR and not torch.compiler.is_compiling():
+                if name == _LINEAR:
                     _met_a_plain_layer(args)
                 return found
             words = frozenset().union(*(each.placeholders for each in _pairs((args, kwargs))))

@@ -24,13 +24,15 @@ _CHUNK = 1024
 def word_share(queries: Tensor, keys: Tensor, word: Tensor) -> Tensor:
     """Share (B, P) of attention that a word's tokens get from each cell, the mean over heads.
 
-    ``queries`` (B, H, P, d) of cells, ``keys`` (B, H, N, d) of tokens, ``word`` (N,) bool. The
+    ``queries`` (B, H, P, d) of cells, ``keys`` (B, H, N, d) of tokens, ``word`` (N,) bool, or
+    the numbers (n,) of those tokens, which a device can look up without being waited for. The
     start token takes the rest: against the other words alone, cells that look at no word at all
     would count as much as those that do.
     """
     total = torch.zeros(queries.shape[0], queries.shape[2], device=queries.device)
+    chosen = (word.nonzero().flatten() if word.dtype == torch.bool else word).to(queries.device)
     for q, k in zip(queries.unbind(1), keys.unbind(1), strict=True):
-        total += _attention(q, k)[..., word.to(q.device)].sum(-1)
+        total += _attention(q, k).index_select(-1, chosen).sum(-1)
     return total / queries.shape[1]
 
 
