@@ -24,7 +24,6 @@ class PerfusionTrainingOptions(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionTrainingOptions",
             display_name="Training Options (Perfusion)",
