@@ -17,6 +17,7 @@ from ...perfusion.gated.covariance import Covariance, Positions
 from ...perfusion.training.config import TrainingConfig
 from ...perfusion.training.results import TrainingResult
 from ..files.concept_files import signed
+from ..interface.messages import tell
 from ..models.families import family_of
 from ..models.loaded import Models, pixels_per_latent
 from ..pictures.image_rows import training_rows
@@ -24,7 +25,6 @@ from ..pictures.training_images import TrainingImages, encode_images
 from ..text.caption_sources import CaptionSource, built_in
 from ..text.covariance import covariance_of
 from .memory import MemoryEstimate, estimate_memory
-from .messages import tell
 from .options import TrainingOptions
 from .private_copy import training_dtype
 from .samples import Painter
