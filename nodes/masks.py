@@ -18,7 +18,6 @@ class PerfusionAutoMask(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionAutoMask",
             display_name="Auto Mask (Perfusion)",

@@ -27,7 +27,6 @@ class PerfusionTrainConcept(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionTrainConcept",
             display_name="Train Concept (Perfusion)",
@@ -212,7 +211,6 @@ class PerfusionCovariance(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionCovariance",
             display_name="Measure Covariance (Perfusion)",

@@ -24,7 +24,6 @@ class PerfusionTrainingOptions(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionTrainingOptions",
             display_name="Training Options (Perfusion)",
@@ -212,7 +211,8 @@ def _images() -> list[io.Input]:
             max=4096,
             step=64,
             tooltip="Brings every picture to about this size squared, each in its own shape and "
-            "without squashing: 512 for SD1.x, 1024 for SDXL. 0: as they are.",
+            "without squashing: 512 for SD1.x, 1024 for SDXL. 0: as they are, larger "
+            "ones brought to that size.",
         ),
         io.Boolean.Input(
             "flip",

@@ -12,6 +12,8 @@ logger = logging.getLogger("perfusion")
 
 # What rounding may do to weights that should lie in 0..1.
 _SLACK = 1e-3
+# What Load Image gives for a picture without transparency.
+_STAND_IN = (64, 64)
 
 
 def training_rows(
@@ -20,7 +22,8 @@ def training_rows(
     """Checked pictures (H, W, 3) and masks (H, W) in 0..1, one by one.
 
     Without masks the fourth channel is one for all when `alpha` and a picture is transparent
-    somewhere.
+    somewhere. Load Image gives an empty mask of 64 x 64 for a picture without transparency, which
+    is none; among others it counts everywhere.
 
     Raises:
         ValueError: for no pictures, NaN, masks of another number or size, outside 0..1 or empty.
@@ -28,9 +31,11 @@ def training_rows(
     check_images(images)
     rows = [row.float() for batch in images for row in batch]
     pictures = [row[..., :3] for row in rows]
-    if masks is not None:
+    given = None if masks is None else _given([mask.float() for mask in masks], pictures)
+    if given is not None:
         device = pictures[0].device
-        weights = _matched([mask.float().to(device) for mask in masks], pictures)
+        weights = _matched([mask.to(device) for mask in given], pictures)
+        _warn_of_transparency(weights)
     elif alpha and any(row.shape[-1] == 4 and bool((row[..., 3] < 1).any()) for row in rows):
         # Pictures without a fourth channel among those with one are opaque.
         weights = [(row if row.shape[-1] == 4 else torch.ones_like(row))[..., -1] for row in rows]
@@ -63,6 +68,45 @@ def check_images(images: Sequence[Tensor]) -> None:
         raise ValueError(
             "expected at least one training image, found none; connect 4 to 6 pictures of the thing"
         )
+
+
+def _given(masks: list[Tensor], pictures: list[Tensor]) -> list[Tensor] | None:
+    """The masks without Load Image's stand-ins; None when there are no others."""
+    if any(mask.ndim not in (2, 3) for mask in masks):
+        return masks  # refused later, by its shape
+    rows = [row for mask in masks for row in (mask[None] if mask.ndim == 2 else mask)]
+    standing_in = [row.shape == _STAND_IN and not bool(row.any()) for row in rows]
+    if not rows or not any(standing_in):
+        return masks
+    if all(standing_in):
+        return None
+    if len(rows) != len(pictures):
+        return masks
+    return [
+        torch.ones_like(picture[..., 0]) if stands_in else row
+        for row, stands_in, picture in zip(rows, standing_in, pictures, strict=True)
+    ]
+
+
+def _warn_of_transparency(weights: list[Tensor]) -> None:
+    """Say which masks look like Load Image's: white where the picture is transparent."""
+    turned = [
+        str(at)
+        for at, mask in enumerate(weights)
+        if min(mask.shape) > 2 and bool((_edge(mask) >= 0.5).all()) and bool((mask < 0.5).any())
+    ]
+    if turned:
+        logger.warning(
+            "the mask of image %s covers all its edges and leaves out something within, as that "
+            "of Load Image does, which is white where a picture is transparent; if the thing is "
+            "what is left out, put Invert Mask between",
+            ", ".join(turned),
+        )
+
+
+def _edge(mask: Tensor) -> Tensor:
+    """The outermost pixels of a mask (H, W), in one row."""
+    return torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
 
 
 def _matched(masks: list[Tensor], pictures: list[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,8 +31,9 @@ class ImageOptions:
 
     Attributes:
         resolution: 0 leaves pictures as they are, up to edges cut off for the VAE's pixels per
-            latent. Otherwise each gets about this number squared of pixels in its own aspect,
-            with sides that are multiples of 64 (`buckets.fit`).
+            latent; those beyond the model's own size are brought to that. Otherwise each gets
+            about this number squared of pixels in its own aspect, with sides that are multiples of
+            64 (`buckets.fit`).
         flip: every version is also there mirrored, which doubles them. For things that look the
             same mirrored only: no writing, no asymmetric faces.
         crop: versions come closer; the largest share of each side that is cut off, 0 to 1.
@@ -96,12 +97,23 @@ def encode_images(
     images: Sequence[Tensor],
     masks: Sequence[Tensor] | None = None,
     options: ImageOptions | None = None,
+    own_side: int = 0,
+    before_each: Callable[[int, int], None] | None = None,
 ) -> TrainingImages:
     """Encode pictures (B, H, W, 3 or 4) in 0..1 of any sizes; each row is one picture.
 
     `masks` (B, H, W) or (H, W) in 0..1: one for each picture, or one for all. Without masks the
     fourth channel, if any picture is transparent somewhere, is a mask. Options default to
     pictures as they are.
+
+    Args:
+        vae: the VAE of the model.
+        images: the pictures.
+        masks: their masks.
+        options: how they are brought to size and varied.
+        own_side: pixels a side of the largest square picture that is left as it is without a
+            resolution; 0 for no limit.
+        before_each: called with a picture's number from 0 and their count before it is encoded.
 
     Raises:
         ValueError: for no pictures, NaN among them, pictures smaller than a latent; for masks of
@@ -110,7 +122,12 @@ def encode_images(
     options = options or ImageOptions()
     pictures, weights = training_rows(images, masks, options.alpha)
     factor = pixels_per_latent(vae)
-    fits = [fit(size_of(picture), options.resolution, factor) for picture in pictures]
+    fits = []
+    for picture in pictures:
+        size = size_of(picture)
+        beyond = 0 < own_side**2 < size[0] * size[1]
+        resolution = options.resolution or (own_side if beyond else 0)
+        fits.append(fit(size, resolution, factor))
     _tell(Counter((size_of(p), box, size) for p, (box, size) in zip(pictures, fits, strict=True)))
     if weights is None and options.zoom_out:
         weights = [torch.ones_like(picture[..., 0]) for picture in pictures]
@@ -118,6 +135,8 @@ def encode_images(
     latents, grids = [], []
     with torch.no_grad():
         for at, (picture, (_, size)) in enumerate(zip(pictures, fits, strict=True)):
+            if before_each is not None:
+                before_each(at, len(pictures))
             mask = None if weights is None else weights[at]
             made = [render(picture, mask, box, size, flip) for box, flip in versions[at]]
             latents.append(_encoded(vae, torch.stack([pixels for pixels, _ in made]), at))

@@ -17,7 +17,9 @@ from ...perfusion.gated.covariance import Covariance, Positions
 from ...perfusion.training.config import TrainingConfig
 from ...perfusion.training.results import TrainingResult
 from ..files.concept_files import signed
-from ..models.loaded import Models
+from ..interface.messages import tell
+from ..models.families import family_of
+from ..models.loaded import Models, pixels_per_latent
 from ..pictures.image_rows import training_rows
 from ..pictures.training_images import TrainingImages, encode_images
 from ..text.caption_sources import CaptionSource, built_in
@@ -170,7 +172,11 @@ def _prepared(
     if isinstance(covariance, CaptionSource):
         covariance = covariance_with_progress(models.clip, covariance)
     versions = replace(options.images, seed=config.seed)
-    pictures = encode_images(models.vae, material.images, material.masks, versions)
+    pictures = encode_images(
+        *(models.vae, material.images, material.masks, versions),
+        own_side=family_of(models.model.model).side * pixels_per_latent(models.vae),
+        before_each=_encoding,
+    )
     grids = ((latents.shape[-2], latents.shape[-1]) for latents in pictures.latents)
     memory = estimate_memory(
         models,
@@ -181,6 +187,11 @@ def _prepared(
         checkpointing=options.gradient_checkpointing,
     )
     return _Task(config, options, pictures, covariance, memory)
+
+
+def _encoding(at: int, count: int) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    tell(f"encoding picture {at + 1} of {count}")
 
 
 def _learn(models: Models, task: _Task, choose: bool) -> _Learned:

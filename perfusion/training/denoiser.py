@@ -16,9 +16,11 @@ from ..gated.rank_one import GatedProjections, Part
 class Conditioning:
     """Prompts as the model is conditioned on them.
 
-    ``encodings`` (B, N, D); ``mask`` (B, N) bool, best on the CPU, is True at the tokens of the
-    concept (or of the superclass word standing in its place). ``extra`` (B, ...) is the denoiser's
-    own (pooled outputs) and only ever handed back to it.
+    Attributes:
+        encodings: (B, N, D).
+        mask: (B, N) bool, best on the CPU; True at the tokens of the concept (or of the superclass
+            word standing in its place).
+        extra: (B, ...) the denoiser's own (pooled outputs), only ever handed back to it.
     """
 
     encodings: Tensor
@@ -37,10 +39,12 @@ class Conditioning:
 class Batch:
     """The random choices of one step, made with the trainer's own generator.
 
-    ``indices`` (B,) int64 name training images, ``variants`` (B,) int64 their augmented versions.
-    ``timesteps`` (B,) float32 lie in [0, 1) and are to be mapped onto the model's own schedule.
-    ``seeds`` (B,) int64: the noise of a row comes from a CPU generator of its own with that seed,
-    so it does not depend on which rows are computed together.
+    Attributes:
+        indices: (B,) int64, training images.
+        variants: (B,) int64, their augmented versions.
+        timesteps: (B,) float32 in [0, 1), to be mapped onto the model's own schedule.
+        seeds: (B,) int64; the noise of a row comes from a CPU generator of its own with that seed,
+            so it does not depend on which rows are computed together.
     """
 
     indices: Tensor
@@ -123,15 +127,18 @@ class Denoiser(Protocol):
     def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Conditioning:
         """Encode prompts that each contain the placeholder once, with these token vectors.
 
-        Differentiable with respect to ``embeddings``. Raises ValueError, naming the prompt, when
-        the placeholder is missing from it.
+        Differentiable with respect to ``embeddings``.
+
+        Raises:
+            ValueError: naming a prompt without the placeholder.
         """
         ...
 
     def encode_superclass(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts that each contain the superclass once, the mask on all its sub-words.
 
-        Raises ValueError, naming the prompt, when the superclass is missing from it.
+        Raises:
+            ValueError: naming a prompt without the superclass.
         """
         ...
 

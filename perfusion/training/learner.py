@@ -54,8 +54,10 @@ class Learner:
         """One optimiser step at ``rate`` times the learning rates; the rows' losses (B,) fp32.
 
         At most ``rows_at_once`` rows, all of one shape, are computed together; their gradients
-        add up, so the step is the same for any number. Raises `TrainingError` when NaN or infinity
-        appears; parameters may then be spoiled.
+        add up, so the step is the same for any number.
+
+        Raises:
+            TrainingError: when NaN or infinity appears; parameters may then be spoiled.
         """
         losses, order = self._backward(batch, self._encode(prompts), rows_at_once)
         # Only fp16 is scaled: the same rows once more, with gradients fp16 can hold.
@@ -89,7 +91,8 @@ class Learner:
     def restore(self, tensors: Mapping[str, Tensor], scale: float, since_scaled: int) -> None:
         """Go back (or forth) to what `tensors` returned.
 
-        Raises ValueError when something is missing or has another shape.
+        Raises:
+            ValueError: when something is missing or has another shape.
         """
         moments = ("step", "exp_avg", "exp_avg_sq")
         with torch.no_grad():
@@ -200,7 +203,8 @@ class Learner:
 def last_marked(encoded: Conditioning, prompts: Sequence[str], word: str) -> Tensor:
     """The encodings (B, D) at the last marked position of each prompt.
 
-    Raises ValueError naming a prompt that has none.
+    Raises:
+        ValueError: naming a prompt that has none.
     """
     mask = encoded.mask.cpu()
     if mask.shape != encoded.encodings.shape[:2] or mask.shape[0] != len(prompts):
@@ -244,7 +248,8 @@ def _parameters(tensors: Mapping[str, Tensor], trainable: bool) -> dict[str, Ten
 def _read(losses: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """The losses (B,) on the CPU, and whether all tensors are finite; a GPU is waited for once.
 
-    Raises `TrainingError` when a loss is NaN or infinite.
+    Raises:
+        TrainingError: when a loss is NaN or infinite.
     """
     finite = [tensor.isfinite().all()[None].to(losses) for tensor in tensors]
     read = torch.cat([losses, *finite]).cpu()

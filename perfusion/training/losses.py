@@ -21,8 +21,10 @@ def image_losses(
     The weight of a pixel is its mask (B, 1, h, w) over the image's largest, once and not squared,
     and at least ``background``. "subject" divides by the sum of an image's weights, so that a
     small subject counts as much as a large one; "picture" by the number of pixels, so that it
-    counts by its size. Without masks both are the plain mean. Raises ValueError when the shapes
-    differ.
+    counts by its size. Without masks both are the plain mean.
+
+    Raises:
+        ValueError: when the shapes differ.
     """
     if errors.ndim != 4:
         raise ValueError(f"expected errors (B, C, h, w), found {tuple(errors.shape)}")

@@ -42,8 +42,9 @@ def train_concept(
     over all templates (or captions) of the encoding of the superclass's last sub-word: the only
     one of its sub-words that has seen the whole word where text is encoded from left to right.
 
-    Raises ValueError when there are no images, layers or prompts to work with, when the
-    covariance was not measured with this model's encoder, and when ``resume`` is another run's.
+    Raises:
+        ValueError: when there are no images, layers or prompts to work with, when the covariance
+            was not measured with this model's encoder, and when ``resume`` is another run's.
     """
     callbacks = callbacks or TrainingCallbacks()
     run = _Run(denoiser, config, covariance, callbacks, resume)

@@ -23,9 +23,13 @@ from torch import Tensor
 class Score:
     """How good the pictures of one checkpoint are.
 
-    ``step`` it was made after, counted from 1 (0: the plain superclass, for comparison). ``image``
-    is their similarity to the training pictures, ``prompt`` that to what the prompts ask for, both
-    mean cosines in [-1, 1]. Raises ValueError, naming the step, when one is not.
+    Attributes:
+        step: it was made after this many, counted from 1 (0: the plain superclass, to compare).
+        image: mean cosine in [-1, 1] with the training pictures.
+        prompt: mean cosine in [-1, 1] with what the prompts ask for.
+
+    Raises:
+        ValueError: naming the step, when a cosine is none.
     """
 
     step: int
@@ -66,7 +70,8 @@ def paired_similarity(embeddings: Tensor, references: Tensor) -> float:
 def unit(embeddings: Tensor) -> Tensor:
     """Embeddings (n, d) at length 1, in fp64.
 
-    Raises ValueError for none, for NaN or infinity, and for one without length.
+    Raises:
+        ValueError: for none, for NaN or infinity, and for one without length.
     """
     if embeddings.ndim != 2 or 0 in embeddings.shape:
         raise ValueError(f"expected embeddings (n, d), found {tuple(embeddings.shape)}")
@@ -83,7 +88,8 @@ def unit(embeddings: Tensor) -> Tensor:
 def best(scores: Sequence[Score]) -> Score:
     """The score of the checkpoint to keep, by the rule above.
 
-    Raises ValueError for no scores, and for two of one step.
+    Raises:
+        ValueError: for no scores, and for two of one step.
     """
     if not scores:
         raise ValueError("expected the scores of at least one checkpoint, found none")

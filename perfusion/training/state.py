@@ -18,11 +18,13 @@ _DTYPES = ("F32", "F64", "I64", "U8")
 class TrainingState:
     """What a run is after ``step`` good steps.
 
-    ``fingerprint`` is that of the settings, the data and the model it belongs to. ``tensors``, on
-    the CPU, are the learned ones, the optimiser's moments, the followed input i, the random
-    generator, and the losses so far, under names `training` and `learner` agree on. ``scale`` is
-    the factor that keeps fp16 gradients from vanishing (1 elsewhere), ``since_scaled`` how many
-    steps it has held.
+    Attributes:
+        fingerprint: that of the settings, the data and the model it belongs to.
+        step: how many good steps there were.
+        tensors: on the CPU, the learned ones, the optimiser's moments, the followed input i, the
+            random generator, and the losses so far, under names `run` and `learner` agree on.
+        scale: the factor that keeps fp16 gradients from vanishing (1 elsewhere).
+        since_scaled: how many steps it has held.
     """
 
     fingerprint: str
@@ -33,7 +35,11 @@ class TrainingState:
 
 
 def save_state(state: TrainingState, path: Path) -> None:
-    """Write a state as .safetensors, atomically. Raises OSError when the disk refuses."""
+    """Write a state as .safetensors, atomically.
+
+    Raises:
+        OSError: when the disk refuses.
+    """
     metadata = {
         "perfusion_training": FORMAT_VERSION,
         "fingerprint": state.fingerprint,
@@ -45,7 +51,11 @@ def save_state(state: TrainingState, path: Path) -> None:
 
 
 def load_state(path: Path) -> TrainingState:
-    """Read a state, trusting nothing in it: `FileFormatError` says what is wrong with a file."""
+    """Read a state, trusting nothing in it.
+
+    Raises:
+        FileFormatError: saying what is wrong with a file.
+    """
     tensors, metadata = read_untrusted(path, _DTYPES)
     version = metadata.get("perfusion_training")
     if version != FORMAT_VERSION:

@@ -304,3 +304,61 @@ def test_a_vae_that_makes_nan_is_reported_with_the_image(worlds):
 def test_options_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ImageOptions(**changes)
+
+
+def test_load_images_stand_in_for_no_mask_is_none(vae):
+    images = [torch.rand(1, 80, 64, 3), torch.rand(1, 64, 64, 3)]
+    stand_in = torch.zeros(1, 64, 64)
+    assert encode_images(vae, images, [stand_in, stand_in]).masks is None
+    assert encode_images(vae, images, [stand_in]).masks is None
+    real = torch.zeros(1, 64, 64)
+    real[:, :32] = 1
+    found = encode_images(vae, images, [stand_in, real]).masks
+    assert found is not None
+    assert bool((found[0] == 1).all())
+    assert float(found[1].mean()) == 0.5
+
+
+def test_transparency_is_taken_where_load_image_gives_no_mask(vae):
+    images = torch.rand(1, 64, 64, 4)
+    images[..., 3] = 0
+    images[:, :32, :, 3] = 1
+    found = encode_images(vae, [images], [torch.zeros(1, 64, 64)]).masks
+    assert found is not None
+    assert float(found[0].mean()) == 0.5
+
+
+def test_a_mask_that_is_white_around_the_thing_is_doubted_and_the_right_way_round_is_not(
+    vae, caplog
+):
+    thing = torch.zeros(1, 64, 64)
+    thing[:, 16:48, 16:48] = 1
+    encode_images(vae, [torch.rand(1, 64, 64, 3)], [thing])
+    encode_images(vae, [torch.rand(1, 64, 64, 3)], [torch.ones(1, 64, 64)])
+    assert "Invert Mask" not in caplog.text
+    encode_images(vae, [torch.rand(1, 64, 64, 3)], [1 - thing])
+    assert "the mask of image 0 covers all its edges" in caplog.text
+    assert "Invert Mask" in caplog.text
+
+
+def test_pictures_beyond_the_models_own_size_are_brought_to_it_and_others_stay(vae):
+    sizes = [(160, 480), (128, 128), (40, 48)]
+    images = [torch.rand(1, height, width, 3) for height, width in sizes]
+    found = encode_images(vae, images, own_side=128)
+    across, down = found.sizes[0]
+    assert (across, down) == (192, 64)
+    assert found.sizes[1:] == [(128, 128), (48, 40)]
+    assert encode_images(vae, images).sizes[0] == (480, 160)
+
+
+def test_encoding_can_be_stopped_between_pictures(vae):
+    seen = []
+
+    def stop(at, count):
+        seen.append((at, count))
+        if at == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_images(vae, [torch.rand(3, 16, 16, 3)], before_each=stop)
+    assert seen == [(0, 3), (1, 3)]
