@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 
 from inprocess import load_pack
 
@@ -31,8 +32,8 @@ from comfyui_perfusion.host.models.families import cross_attentions, family_of  
 from comfyui_perfusion.perfusion import Concept, edit_projection  # noqa: E402
 from comfyui_perfusion.perfusion.gated.gate import Gate  # noqa: E402
 
-# One thread: small tensors, and a machine that may be busy otherwise.
-torch.set_num_threads(1)
+# One thread unless told otherwise: small tensors, and a machine that may be busy.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 CPU = torch.device("cpu")
 
