@@ -40,7 +40,7 @@ def test_serve_uses_the_comfyui_that_comfyui_path_names_and_ends_on_ctrl_c(
             if "http://127.0.0.1:" in line:
                 break
         address = next(word for word in lines[-1].split() if word.startswith("http://"))
-        assert f"Using the ComfyUI in {comfy_host.comfyui}" in lines[0]
+        assert f"Using the ComfyUI in {comfy_host.comfyui.resolve()}" in lines[0]
         assert address == f"http://127.0.0.1:{port}"
         (device,) = Client(port).json("/system_stats")["devices"]
         assert device["type"] == "cpu"
