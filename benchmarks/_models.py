@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from inprocess import load_pack
 
 load_pack()
@@ -15,39 +13,9 @@ from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfyui_perfusion.host.models.families import cross_attentions, family_of  # noqa: E402
 from comfyui_perfusion.perfusion import Concept  # noqa: E402
 
+from benchmarks._structures import STRUCTURES  # noqa: E402
+
 PUBLISHED_CHANNELS = 320
-_UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_temporal_attention": False,
-    "use_temporal_resblock": False,
-}
-_STRUCTURES: dict[str, dict[str, Any]] = {
-    "sd1": {
-        "num_res_blocks": [2, 2, 2, 2],
-        "channel_mult": [1, 2, 4, 4],
-        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-        "transformer_depth_middle": 1,
-        "context_dim": 768,
-        "adm_in_channels": None,
-        "use_linear_in_transformer": False,
-    },
-    "sdxl": {
-        "num_res_blocks": [2, 2, 2],
-        "channel_mult": [1, 2, 4],
-        "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-        "transformer_depth_middle": 10,
-        "context_dim": 2048,
-        "adm_in_channels": 2816,
-        "num_classes": "sequential",
-        "use_linear_in_transformer": True,
-    },
-}
 
 
 def random_model(
@@ -59,7 +27,7 @@ def random_model(
 ) -> model_patcher.ModelPatcher:
     """A MODEL of a family ("sd1" or "sdxl") whose weights are noise of a plausible scale."""
     config_class = supported.SDXL if family == "sdxl" else supported.SD15
-    settings = {**_UNET, **_STRUCTURES[family], "model_channels": channels, "dtype": dtype}
+    settings = {**STRUCTURES[family], "model_channels": channels, "dtype": dtype}
     config = config_class(settings)
     config.set_inference_dtype(dtype, None)
     if family == "sdxl":

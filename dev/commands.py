@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
-import subprocess
 import sys
 import time
 import webbrowser
@@ -16,6 +14,7 @@ from .client import PromptRefused
 from .demo import demo
 from .prepare import Layout, make_server, prepare
 from .report import Failure, clear_progress, describe_os_error, say
+from .testing import test
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "test", "serve", "bench", "-h", "--help")
@@ -65,9 +64,14 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add = commands.add_parser("demo", help="train a concept, use it, show pictures and figures")
     add.add_argument("--output", type=Path, default=ROOT / "demo-output", help="where to save them")
-    commands.add_parser("test", help="run all tests; further options go to pytest")
+    commands.add_parser(
+        "test",
+        help="run all tests, and what computes once more as another processor would; further "
+        "options go to pytest",
+    )
     add = commands.add_parser("serve", help="open the web interface with the pack's templates")
     add.add_argument("--port", type=int, default=None, help="default: a free one")
+    add.add_argument("--cpu", action="store_true", help="use no accelerator")
     add.add_argument("--no-browser", action="store_true", help="only print the address")
     add = commands.add_parser("bench", help="measure; further options go to the benchmark")
     add.add_argument(
@@ -88,24 +92,14 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         return test(layout, rest)
     if options.command == "bench":
         return bench(layout, options.name, rest)
-    return serve(layout, options.port, not options.no_browser)
+    return serve(layout, options.port, options.cpu, not options.no_browser)
 
 
-def test(layout: Layout, pytest_options: list[str]) -> int:
-    """Run the tests of every tier with the environment's Python; returns pytest's status."""
-    host = prepare(layout, with_tests=True)
-    environment = dict(os.environ)
-    if not host.ours:
-        environment["COMFYUI_PATH"] = str(host.comfyui)
-    command = [str(host.python), "-m", "pytest", *pytest_options]
-    return subprocess.run(command, cwd=layout.root, env=environment).returncode
-
-
-def serve(layout: Layout, port: int | None, open_browser: bool) -> int:
-    """Run the server until Ctrl-C."""
+def serve(layout: Layout, port: int | None, cpu: bool, open_browser: bool) -> int:
+    """Run the server until Ctrl-C, on the CPU where `cpu` says so or nothing else is there."""
     host = prepare(layout)
     say("Starting ComfyUI")
-    with make_server(host, layout, port=port) as server:
+    with make_server(host, layout, port=port, cpu=cpu) as server:
         say(f"ComfyUI with Perfusion: {server.client.address}  (Ctrl-C ends it)")
         say("The pack's workflows are under Templates -> perfusion")
         if open_browser:

@@ -63,7 +63,11 @@ def prepare(layout: Layout, with_tests: bool = False) -> Host:
 
 
 def make_server(
-    host: Host, layout: Layout, base: Path | None = None, port: int | None = None
+    host: Host,
+    layout: Layout,
+    base: Path | None = None,
+    port: int | None = None,
+    cpu: bool = False,
 ) -> Server:
     """A server (not started yet) with the pack, in our base directory unless another is given.
 
@@ -73,4 +77,4 @@ def make_server(
     extra: list[str] = []
     if not host.ours:
         extra = ["--extra-model-paths-config", str(share_models(host.comfyui, base))]
-    return Server(host, base, port, extra)
+    return Server(host, base, port, extra, cpu)

@@ -47,7 +47,12 @@ class Server:
     """One server process; use it as a context manager."""
 
     def __init__(
-        self, host: Host, base: Path, port: int | None = None, extra: list[str] | None = None
+        self,
+        host: Host,
+        base: Path,
+        port: int | None = None,
+        extra: list[str] | None = None,
+        cpu: bool = False,
     ) -> None:
         self.port = port or free_port()
         self.client = Client(self.port)
@@ -58,7 +63,7 @@ class Server:
         options += ["--disable-api-nodes", "--port", str(self.port), *(extra or [])]
         # -u and UTF-8: the log must be readable while the server runs, on Windows too.
         self.command = [str(host.python), "-u", "-X", "utf8", str(host.comfyui / "main.py")]
-        self.command += [*device_options(host.python), *options]
+        self.command += [*(["--cpu"] if cpu else device_options(host.python)), *options]
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:

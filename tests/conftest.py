@@ -1,4 +1,4 @@
-"""What all tiers share. Tiers are folders: method, host, server, browser, dev."""
+"""What all tiers share. Tiers are folders: method, host, fake_cuda, server, browser, demo, dev."""
 
 from __future__ import annotations
 
@@ -15,6 +15,41 @@ from dev.prepare import Layout, make_server
 from dev.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+# What computes: `dev.py test` runs it a second time with other instructions and threads.
+NUMERIC = (
+    "method/gated",
+    "method/masks",
+    "method/closed_form",
+    "method/modules/test_embedding.py",
+    "method/modules/test_projections.py",
+    "method/modules/test_training.py",
+    "method/training",
+    "host/closed_form",
+    "host/injection/test_gradients.py",
+    "host/injection/test_injection.py",
+    "host/injection/test_global_lock.py",
+    "host/models/test_native_loss.py",
+    "host/pictures/test_auto_mask.py",
+    "host/text/test_covariance.py",
+    "host/training/test_precision.py",
+    "host/training/test_view.py",
+    "host/test_frozen_files.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker that names what computes."""
+    line = "numeric: computes, and runs a second time as another processor would (dev/testing.py)"
+    config.addinivalue_line("markers", line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `NUMERIC` lists."""
+    for item in items:
+        place = item.path.relative_to(TESTS).as_posix()
+        if any(place == each or place.startswith(f"{each}/") for each in NUMERIC):
+            item.add_marker("numeric")
 
 
 @pytest.fixture(scope="session")

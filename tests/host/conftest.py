@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 
 from inprocess import load_pack
 
@@ -31,91 +32,13 @@ from comfyui_perfusion.host.models.families import cross_attentions, family_of  
 from comfyui_perfusion.perfusion import Concept, edit_projection  # noqa: E402
 from comfyui_perfusion.perfusion.gated.gate import Gate  # noqa: E402
 
-# One thread: small tensors, and a machine that may be busy otherwise.
-torch.set_num_threads(1)
+from benchmarks._structures import STRUCTURES  # noqa: E402
+
+# One thread unless told otherwise: small tensors, and a machine that may be busy.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 CPU = torch.device("cpu")
 
-# What ComfyUI detects of the published checkpoints, except for the number of channels.
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "adm_in_channels": None,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_temporal_attention": False,
-    "use_temporal_resblock": False,
-    "dtype": torch.float32,
-}
-DEEP = {
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "transformer_depth_middle": 1,
-}
-LIGHT = {
-    "num_res_blocks": [1, 1],
-    "channel_mult": [1, 2],
-    "transformer_depth": [1, 1],
-    "transformer_depth_output": [1, 1, 1, 1],
-    "transformer_depth_middle": 1,
-}
-STRUCTURES = {
-    "sd1": {**UNET, **DEEP, "context_dim": 768, "use_linear_in_transformer": False},
-    # SD1.x without its coarser grids, for what a compiler would take minutes over.
-    "small": {
-        **UNET,
-        "num_res_blocks": [1],
-        "channel_mult": [1],
-        "transformer_depth": [1],
-        "transformer_depth_output": [1, 1],
-        "transformer_depth_middle": 1,
-        "context_dim": 768,
-        "use_linear_in_transformer": False,
-    },
-    "sd2": {**UNET, **DEEP, "context_dim": 1024, "use_linear_in_transformer": True},
-    "sdxl": {
-        **UNET,
-        "num_res_blocks": [2, 2, 2],
-        "channel_mult": [1, 2, 4],
-        "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-        "transformer_depth_middle": 10,
-        "context_dim": 2048,
-        "adm_in_channels": 2816,
-        "num_classes": "sequential",
-        "use_linear_in_transformer": True,
-    },
-    # SD2 and SDXL with a few layers, for what is asked of many combinations.
-    "sd2_light": {
-        **UNET,
-        **LIGHT,
-        "context_dim": 1024,
-        "use_linear_in_transformer": True,
-    },
-    "sdxl_light": {
-        **UNET,
-        **LIGHT,
-        "context_dim": 2048,
-        "adm_in_channels": 2816,
-        "num_classes": "sequential",
-        "use_linear_in_transformer": True,
-    },
-    "sd1_light": {**UNET, **LIGHT, "context_dim": 768, "use_linear_in_transformer": False},
-    "sdxl_refiner": {
-        **UNET,
-        **DEEP,
-        "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
-        "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
-        "transformer_depth_middle": 4,
-        "context_dim": 1280,
-        "adm_in_channels": 2560,
-        "num_classes": "sequential",
-        "use_linear_in_transformer": True,
-    },
-}
 CONFIGS = {
     "sd1": supported.SD15,
     "small": supported.SD15,

@@ -13,15 +13,17 @@ import pytest
 
 from dev.client import Client
 from dev.comfyui import Host
+from dev.server import free_port
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a Ctrl-C cannot be sent to one process on Windows")
 def test_serve_uses_the_comfyui_that_comfyui_path_names_and_ends_on_ctrl_c(
     repository: Path, comfy_host: Host
 ) -> None:
+    port = free_port()
     environ = {**os.environ, "COMFYUI_PATH": str(comfy_host.comfyui), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "dev.py", "serve", "--no-browser"],
+        [sys.executable, "dev.py", "serve", "--no-browser", "--cpu", "--port", str(port)],
         cwd=repository,
         env=environ,
         stdout=subprocess.PIPE,
@@ -38,8 +40,10 @@ def test_serve_uses_the_comfyui_that_comfyui_path_names_and_ends_on_ctrl_c(
             if "http://127.0.0.1:" in line:
                 break
         address = next(word for word in lines[-1].split() if word.startswith("http://"))
-        assert f"Using the ComfyUI in {comfy_host.comfyui}" in lines[0]
-        port = int(address.rsplit(":", 1)[1])
+        assert f"Using the ComfyUI in {comfy_host.comfyui.resolve()}" in lines[0]
+        assert address == f"http://127.0.0.1:{port}"
+        (device,) = Client(port).json("/system_stats")["devices"]
+        assert device["type"] == "cpu"
         assert "PerfusionTrainConcept" in Client(port).json("/object_info/PerfusionTrainConcept")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
