@@ -15,8 +15,9 @@ from ..host.closed_form.edits import (
     erase_concepts,
     preserve_prompts,
 )
-from ..host.closed_form.lora_files import DTYPES, write_edit
+from ..host.closed_form.lora_files import DTYPES, FOLDER, write_edit
 from ..host.closed_form.weight_patches import EditSettings
+from ..host.files.numbered_files import prefix_problem
 from ..host.text.caption_sources import sentences_known_to
 from ..perfusion.closed_form.preserve import Preserved
 from ..perfusion.closed_form.time import RIDGE as TIME_RIDGE
@@ -419,6 +420,11 @@ class PerfusionSaveEdit(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The same model.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuses a bad name before anything is computed for it."""
+        return prefix_problem(FOLDER, filename_prefix)
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str, rank: int, precision: str) -> io.NodeOutput:
