@@ -7,7 +7,15 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..host.files.concept_files import concept_names, fingerprint, read_concept, write_concept
+from ..host.files.concept_files import (
+    FOLDER,
+    concept_names,
+    concept_path,
+    fingerprint,
+    read_concept,
+    write_concept,
+)
+from ..host.files.numbered_files import prefix_problem
 from ..host.injection.apply import KEY_LOCKS, KeyLock, apply_concepts
 from ..host.pictures.thumbnails import thumbnail_of, thumbnail_url
 from ..perfusion.concept.concept import Concept
@@ -39,6 +47,17 @@ class PerfusionLoadConcept(io.ComfyNode):
             ],
             outputs=[ConceptKind.Output(display_name="concept", tooltip="The concept.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, concept_name: str | None = None) -> bool | str:
+        """Any concept file there is, also one newer than the menu; else which one, and whence."""
+        if not concept_name:
+            return True  # It comes over a wire, and is looked at when it is there.
+        try:
+            concept_path(concept_name)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, concept_name: str) -> str:
@@ -191,6 +210,11 @@ class PerfusionSaveConcept(io.ComfyNode):
             ],
             outputs=[ConceptKind.Output(display_name="concept", tooltip="The concept as saved.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuses a bad name before anything is trained for it."""
+        return prefix_problem(FOLDER, filename_prefix)
 
     @classmethod
     def execute(

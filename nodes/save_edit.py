@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..host.closed_form.lora_files import DTYPES, write_edit
+from ..host.closed_form.lora_files import DTYPES, FOLDER, write_edit
+from ..host.files.numbered_files import prefix_problem
 from .edit_inputs import CATEGORY
 
 
@@ -46,6 +47,11 @@ class PerfusionSaveEdit(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The same model.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuses a bad name before anything is computed for it."""
+        return prefix_problem(FOLDER, filename_prefix)
 
     @classmethod
     def execute(

@@ -1,36 +1,66 @@
-// Shows what a node of ours says about its work as text on the node. The stock interface does so
-// for its own preview nodes only.
+// Shows what a node of ours says about its work as text on the node, also after another tab was
+// open or the page was loaded again. The stock interface does so for its own preview nodes only.
 import { app } from "../../scripts/app.js";
+import { forget, keep, kept } from "./kept_texts.js";
+import { growTo } from "./room.js";
+import { store } from "./stores.js";
 
 const NAME = "perfusion_text";
-const LINE = 12; // pixels
-const LETTERS = 60; // of a line
-const MOST_LINES = 30;
-const WIDTH = 420; // of a node with more than a line or two
+const LINE = 15; // pixels
+const LETTER = 6.2;
+const LEAST_LINES = 3;
+const MOST_LINES = 26;
+const WIDTH = 380; // of a node with more than a line or two
+const ENOUGH = 30; // more height than the least, in which a text can be read and scrolled
+
+let fresh = false;
 
 function textWidget(node) {
   const found = node.widgets?.find((widget) => widget.name === NAME);
   if (found) return found;
   const { widget } = app.widgets.STRING(node, NAME, ["STRING", { multiline: true }], app);
+  widget.label = "report";
   widget.options.read_only = true;
   if (widget.element) widget.element.readOnly = true;
+  widget.options.getMinHeight = () => LEAST_LINES * LINE;
   // It belongs neither into a saved workflow nor into what is sent to the server.
   widget.serialize = false;
   widget.options.serialize = false;
   return widget;
 }
 
-function show(node, text) {
-  const widget = textWidget(node);
-  const rows = text.split("\n").map((line) => Math.ceil(line.length / LETTERS) || 1);
-  const lines = Math.min(rows.reduce((sum, count) => sum + count, 1), MOST_LINES);
-  widget.options.getMinHeight = () => lines * LINE;
-  widget.value = text;
-  const [width, height] = node.computeSize();
-  const wanted = lines > 3 ? WIDTH : 0;
-  node.setSize([Math.max(node.size[0], width, wanted), Math.max(node.size[1], height)]);
-  app.graph.setDirtyCanvas(true);
+function linesOf(text, width) {
+  const letters = Math.max(20, Math.floor((width - 40) / LETTER));
+  const rows = text.split("\n").map((line) => Math.ceil(line.length / letters) || 1);
+  return Math.min(rows.reduce((sum, count) => sum + count, 0), MOST_LINES);
 }
+
+function show(node, text) {
+  const isNew = !node.widgets?.some((widget) => widget.name === NAME);
+  const before = [...node.size];
+  const widget = textWidget(node);
+  widget.value = text;
+  if (isNew) {
+    // Adding a widget may have grown it; it grows where it lacks room only, and only as far as it
+    // covers nothing.
+    node.setSize(before);
+    const least = node.computeSize()[1];
+    const lines = linesOf(text, before[0]);
+    const width = Math.max(before[0], lines > LEAST_LINES ? WIDTH : 0);
+    const enough = before[1] >= least + (lines > LEAST_LINES ? ENOUGH : 0);
+    const more = (linesOf(text, width) + 1 - LEAST_LINES) * LINE;
+    if (enough) growTo(node, ...before);
+    else growTo(node, width, least + Math.max(0, more));
+  }
+  app.graph.setDirtyCanvas(true, true);
+}
+
+function restore(node) {
+  const text = app.nodeOutputs?.[node.id]?.text?.join("\n") ?? kept(node);
+  if (text) show(node, text);
+}
+
+const isOurs = (node) => node.type?.startsWith("Perfusion");
 
 app.registerExtension({
   name: "perfusion.show_text",
@@ -39,7 +69,23 @@ app.registerExtension({
     const before = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
       before?.apply(this, arguments);
-      if (output?.text?.length) show(this, output.text.join("\n"));
+      // What was shown on the way; Nodes 2.0 would show it beside what came out.
+      if (output?.images?.length) store("nodeOutput")?.revokePreviewsByLocatorId?.(String(this.id));
+      if (!output?.text?.length) return;
+      const text = output.text.join("\n");
+      show(this, text);
+      keep(this, text);
     };
+  },
+  beforeConfigureGraph(data) {
+    fresh = Boolean(data?.extra?.perfusion_page && !data.extra.ds);
+  },
+  afterConfigureGraph() {
+    const anew = fresh;
+    // Only then is it known which workflow is open, and what its nodes gave out.
+    requestAnimationFrame(() => {
+      if (anew) forget();
+      else app.graph.nodes.filter(isOurs).forEach(restore);
+    });
   },
 });

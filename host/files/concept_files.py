@@ -44,8 +44,8 @@ def concept_path(name: str) -> Path:
     if path is None or not name.lower().endswith(EXTENSION):
         folders = ", ".join(folder_paths.get_folder_paths(FOLDER))
         raise FileNotFoundError(
-            f"there is no concept file {name!r} in {folders}; put it there, or press R to refresh "
-            "the list"
+            f"there is no concept file {name!r} in {folders}; train it, or ask whoever made the "
+            "workflow for the file, put it there (or drop it on the page) and choose it"
         )
     return Path(path)
 

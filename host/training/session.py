@@ -17,6 +17,7 @@ from ...perfusion.training.config import TrainingConfig
 from ...perfusion.training.results import Progress, TrainingCallbacks, TrainingResult
 from ...perfusion.training.run import train_concept, training_fingerprint
 from ..interface.messages import tell
+from .live import LiveProgress
 from .options import TrainingOptions
 from .runs import Run
 from .samples import Painter, SampleSettings, Strip, of_png, side_by_side, to_png
@@ -58,6 +59,7 @@ class Session:
         self.began_at = 0
         self.saved = "nothing was learned yet"
         self._progress = comfy.utils.ProgressBar(config.steps)
+        self._live = LiveProgress(config.steps, view.patcher.load_device)
         self._concepts: dict[int, Concept] = {}
         self._paints = bool(prompts)
 
@@ -126,6 +128,7 @@ class Session:
     def _on_step(self, done: Progress) -> None:
         logger.debug("step %d of %d, loss %.5f", done.step, self.config.steps, done.smoothed.mean)
         self._progress.update_absolute(done.step, self.config.steps)
+        self._live.on_step(done)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def _on_checkpoint(self, result: TrainingResult) -> None:

@@ -30,6 +30,8 @@ BOXES = """() => window.app.graph.nodes.map(node => {
     }
     return box;
 })"""
+GROUPS = """() => window.app.graph.groups.map(({title, pos, size}) => (
+    {title, x: pos[0], y: pos[1], width: size[0], height: size[1]}))"""
 VIEW = """() => {
     const {scale, offset} = window.app.canvas.ds;
     const canvas = window.app.canvas.canvas.getBoundingClientRect();
@@ -52,9 +54,20 @@ END = "() => window.perfusionEnd"
 
 
 def overlaps(page: Page) -> set[tuple[str, str]]:
-    """Pairs of nodes of which one covers a part of the other."""
+    """Pairs of nodes of which one covers a part of the other, and of groups and who sticks out."""
     boxes = page.evaluate(BOXES)
-    return {
+    sticking_out = {
+        (group["title"], box["title"])
+        for group in page.evaluate(GROUPS)
+        for box in boxes
+        if _common(group, box, "x", "width") > 1
+        and _common(group, box, "y", "height") > 1
+        and not (
+            _common(group, box, "x", "width") > box["width"] - 1
+            and _common(group, box, "y", "height") > box["height"] - 1
+        )
+    }
+    return sticking_out | {
         (first["title"], second["title"])
         for at, first in enumerate(boxes)
         for second in boxes[at + 1 :]

@@ -1,4 +1,4 @@
-"""The templates as pages: nothing covers anything, all can be read, in both renderers."""
+"""The templates as pages, in both renderers: nothing covers anything, everything is readable."""
 
 from __future__ import annotations
 

@@ -113,3 +113,25 @@ def write_sd1_concept(path: Path) -> None:
         o_v={"input_blocks.1.1.transformer_blocks.0.attn2": torch.ones(320)},
     )
     save_concept(concept, path)
+
+
+@pytest.mark.parametrize("prefix", ["../outside", "", "  ", "things/", "/tmp/thing"])
+def test_a_name_that_cannot_be_saved_is_refused_before_training(
+    client: Client, training: dict[str, Any], prefix: str
+) -> None:
+    prompt = change(training, "PerfusionSaveConcept", filename_prefix=prefix)
+    # Refused when handed in, that is before anything runs.
+    with pytest.raises(PromptRefused, match="filename_prefix"):
+        client.queue(prompt)
+
+
+def test_a_concept_newer_than_the_menu_is_accepted(
+    client: Client, comfy_server: Server, using: dict[str, Any]
+) -> None:
+    client.json("/object_info/PerfusionLoadConcept")
+    shipped = API.parent.parent / "demo" / "concepts" / "bo.safetensors"
+    copied = comfy_server.base / "models" / "perfusion" / "newer.safetensors"
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    copied.write_bytes(shipped.read_bytes())
+    run = client.run(change(using, "PerfusionLoadConcept", concept_name="newer.safetensors"))
+    assert run.status == "execution_success", run.error

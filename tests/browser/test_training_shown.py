@@ -1,0 +1,79 @@
+"""What a training says stands on its node: while it runs, in another tab, after a reload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from dev.chromium import READY, open_interface
+from dev.server import Server
+from tests.browser.pages import keep_picture, open_page, run
+
+NAME = "01 train a concept"
+STEPS = """steps => {
+    const node = window.app.graph.nodes.find(node => node.type === "PerfusionTrainConcept");
+    node.widgets.find(widget => widget.name === "steps").value = steps;
+    window.perfusionHeard = [];
+    window.comfyAPI.api.api.addEventListener("perfusion.training", event => {
+        window.perfusionHeard.push(document.querySelector(".perfusion-progress")?.innerText ?? "");
+    });
+}"""
+HEARD = "() => window.perfusionHeard"
+PANEL = """() => {
+    const panel = document.querySelector(".perfusion-progress");
+    return [panel.innerText, panel.querySelectorAll("polyline")[1].getAttribute("points")];
+}"""
+REPORTS = """() => window.app.graph.nodes
+    .map(node => [node.type, node.widgets?.find(widget => widget.name === "perfusion_text")?.value])
+    .filter(([, text]) => text)"""
+SAVED = "() => JSON.stringify(window.app.graph.serialize())"
+
+
+@pytest.fixture(scope="module")
+def trained(browser: Browser, comfy_server: Server) -> Iterator[Page]:
+    """Template 1 after a training of 40 steps."""
+    context = browser.new_context(viewport={"width": 1920, "height": 1080})
+    page = context.new_page()
+    open_interface(page, comfy_server.client)
+    open_page(page, NAME)
+    page.evaluate(STEPS, 40)
+    run(page)
+    yield page
+    context.close()
+
+
+def test_a_training_shows_step_time_losses_memory_and_their_curve(trained: Page) -> None:
+    keep_picture(trained, "training shown on its node")
+    text, curve = trained.evaluate(PANEL)
+    assert "step 40 of 40" in text
+    assert "smoothed" in text
+    assert "GB on cpu" in text
+    assert len(curve.split()) == 40
+    heard = trained.evaluate(HEARD)
+    assert any("left" in words for words in heard)
+
+
+def test_reports_survive_another_tab_and_a_reload_and_are_not_in_the_workflow(
+    trained: Page,
+) -> None:
+    said = dict(trained.evaluate(REPORTS))
+    assert said["PerfusionTrainConcept"].startswith("40 steps")
+    assert said["PerfusionSaveConcept"].startswith("my_bo")
+    assert "40 steps" not in trained.evaluate(SAVED)
+    trained.evaluate("async () => await window.app.extensionManager.command.execute("
+                     "'Comfy.NewBlankWorkflow')")  # fmt: skip
+    assert trained.evaluate(REPORTS) == []
+    trained.get_by_text(NAME, exact=False).first.click()
+    trained.wait_for_function(f"({REPORTS})().length >= 2")
+    assert dict(trained.evaluate(REPORTS)) == said
+    trained.reload()
+    trained.wait_for_function(READY, timeout=120_000)
+    trained.wait_for_function(f"({REPORTS})().length >= 2", timeout=30_000)
+    assert dict(trained.evaluate(REPORTS)) == said
+
+
+def test_a_template_opened_anew_shows_no_old_reports(trained: Page) -> None:
+    open_page(trained, NAME)
+    assert trained.evaluate(REPORTS) == []
