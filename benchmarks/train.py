@@ -44,8 +44,8 @@ from comfyui_perfusion.host.text.captions import everyday_captions  # noqa: E402
 from comfyui_perfusion.host.text.covariance import measure_covariance  # noqa: E402
 from comfyui_perfusion.host.training.view import TrainingView, training_view  # noqa: E402
 from comfyui_perfusion.perfusion import Covariance, TrainingConfig, train_concept  # noqa: E402
-from comfyui_perfusion.perfusion.modules.following import Batch  # noqa: E402
 from comfyui_perfusion.perfusion.text.prompts import TEMPLATES, fill  # noqa: E402
+from comfyui_perfusion.perfusion.training.denoiser import Batch  # noqa: E402
 from comfyui_perfusion.perfusion.training.results import Progress, TrainingCallbacks  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 

@@ -8,7 +8,7 @@ from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.perfusion import Direction, gated_inputs
 from comfyui_perfusion.perfusion.gated.gate import Gate
 from comfyui_perfusion.perfusion.gated.rank_one import GatedProjections
-from comfyui_perfusion.perfusion.modules.following import Batch
+from comfyui_perfusion.perfusion.training.denoiser import Batch
 
 WORDS = {"superclass": "coffee mug", "placeholder": "<thing>"}
 

@@ -14,7 +14,7 @@ from comfyui_perfusion.host.text.placeholders import PlaceholderError, serve_vec
 from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.perfusion import gated_inputs
 from comfyui_perfusion.perfusion.gated.rank_one import GatedProjections
-from comfyui_perfusion.perfusion.modules.following import Batch
+from comfyui_perfusion.perfusion.training.denoiser import Batch
 
 from tests.host.training_world import WORDS, batch_of, edit_for, view_of
 
