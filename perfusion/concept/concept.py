@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from ..gated.rank_one import Direction
 from ..shapes import Vector
 from ..text.words import check_identifier, check_phrase, check_word
 
+TrainedLock = Literal["local", "twin", "trained"]
+TRAINED_LOCKS: tuple[TrainedLock, ...] = get_args(TrainedLock)
 LAYER_LIMIT = 4096
 THUMBNAIL_LIMIT = 2**20
 
@@ -35,6 +38,7 @@ class Concept:
         superclass_encoding: what locked keys are made of.
         o_v: a cross-attention's module path -> its value output (d,).
         o_k: the same for trained keys, None for keys locked to the superclass.
+        twin_locked: whether it was trained with the twin lock (`gated.twin_lock`).
         gate: the gate at inference.
         train_gate: the gate it was trained with.
         metadata: everything else as text (hashes, training settings, modelspec keys, thumbnail).
@@ -58,6 +62,7 @@ class Concept:
     train_gate: Gate = TRAINING_GATE
     metadata: Mapping[str, str] = field(default_factory=dict)
     schedule: GateSchedule | None = None
+    twin_locked: bool = False
 
     def __post_init__(self) -> None:
         check_identifier("family", self.family)
@@ -68,9 +73,11 @@ class Concept:
         _check_thumbnail(self.metadata)
 
     @property
-    def key_lock(self) -> str:
-        """ "local" for keys locked to the superclass, "trained" for learned ones."""
-        return "local" if self.o_k is None else "trained"
+    def key_lock(self) -> TrainedLock:
+        """How it was trained: keys locked at its own word, by its twin, or learned."""
+        if self.o_k is not None:
+            return "trained"
+        return "twin" if self.twin_locked else "local"
 
     @property
     def layers(self) -> dict[str, int]:
@@ -147,6 +154,11 @@ class Concept:
         _check_all({f"o_v of {name}": output for name, output in self.o_v.items()})
         if self.o_k is None:
             return
+        if self.twin_locked:
+            raise ValueError(
+                "o_k: expected no keys of its own in a concept with twin lock, whose keys are its "
+                f"superclass's, found {len(self.o_k)} layers of them"
+            )
         if list(self.o_k) != list(self.o_v):
             raise ValueError(
                 f"o_k: expected the {len(self.o_v)} layers of o_v in their order, "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..files.safe_file import FileFormatError, read_untrusted, refuse, write_atomically
 from ..gated.gate import Gate
-from .concept import LAYER_LIMIT, Concept
+from .concept import LAYER_LIMIT, TRAINED_LOCKS, Concept
 from .metadata import modelspec
 
 FORMAT_VERSION = "1"
@@ -110,8 +110,9 @@ def decode(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     layers = _layer_table(path, texts["layers"], texts["layer_suffix"])
     (energy,) = _numbers(path, "energy", texts["energy"], 1)
     has_keys = texts["key_lock"] == "trained"
-    if not has_keys and texts["key_lock"] != "local":
-        refuse(path, "key_lock", "'local' or 'trained'", repr(texts["key_lock"]))
+    if texts["key_lock"] not in TRAINED_LOCKS:
+        expected = f"one of {', '.join(map(repr, TRAINED_LOCKS))}"
+        refuse(path, "key_lock", expected, repr(texts["key_lock"]))
     _check_tensors(path, tensors, has_keys)
     vectors = {key: tensor.float() for key, tensor in tensors.items()}
     fields: dict[str, Any] = {
@@ -128,6 +129,7 @@ def decode(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         "superclass_encoding": vectors["superclass_encoding"],
         "o_v": _split(path, "o_v", vectors["o_v"], layers),
         "o_k": _split(path, "o_k", vectors["o_k"], layers) if has_keys else None,
+        "twin_locked": texts["key_lock"] == "twin",
         "gate": _gate(path, "gate", texts["gate"], 3),
         "train_gate": _gate(path, "train_gate", texts["train_gate"], 2),
         "metadata": {key: value for key, value in metadata.items() if key not in _OWN_KEYS},

@@ -113,6 +113,8 @@ def _own(concept: Concept) -> set[str]:
 def _keys(concept: Concept) -> str:
     if concept.o_k is not None:
         return "trained"
+    if concept.twin_locked:
+        return f"twin lock, prompts read as if they said {concept.superclass}"
     return f"locked to {concept.superclass}"
 
 

@@ -23,8 +23,9 @@ from comfyui_perfusion.host.pictures.training_images import encode_images
 from comfyui_perfusion.host.text.covariance import BATCH, measure_covariance
 from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.nodes.schedule import PerfusionScheduleGate
-from comfyui_perfusion.perfusion import Direction, GatedProjections, gated_inputs
+from comfyui_perfusion.perfusion import Direction, gated_inputs
 from comfyui_perfusion.perfusion.gated.gate import Gate
+from comfyui_perfusion.perfusion.gated.rank_one import GatedProjections
 
 from tests.fake_cuda.device import CUDA, ELSEWHERE, FakeGpu
 from tests.host.conftest import SMALL_TEXT, TEXT

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfusion.concept.concept import Concept
 from perfusion.concept.concept_file import load_concept, save_concept
+from perfusion.concept.metadata import describe
 from perfusion.gated.gate import Gate
 from perfusion.gated.gate_schedule import GateSchedule
 from perfusion.gated.rank_one import Direction, similarities
@@ -257,3 +258,17 @@ def test_another_gate_schedule_or_text_looks_at_no_vector_again(small_concept):
         small_concept.with_gate(temperature=0)
     with pytest.raises(ValueError, match="data:image/"):
         small_concept.with_metadata({"modelspec.thumbnail": "javascript:alert(1)"})
+
+
+def test_a_concept_remembers_that_it_was_trained_with_twin_lock(small_concept, tmp_path):
+    concept = replace(small_concept, twin_locked=True)
+    path = save_concept(concept, tmp_path / "twin.safetensors")
+    found = load_concept(path)
+    assert (small_concept.key_lock, found.key_lock) == ("local", "twin")
+    assert "twin lock" in describe(found)
+    assert save_concept(found, tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_keys_of_its_own_and_a_twin_lock_are_refused(trained_keys_concept):
+    with pytest.raises(ValueError, match="o_k: expected no keys of its own"):
+        replace(trained_keys_concept, twin_locked=True)
