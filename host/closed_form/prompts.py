@@ -73,7 +73,7 @@ class PromptEncoder:
                     found[text] = self._prompt(text, sections[text], row)
             for text in weighted:
                 clip = self.text.clip
-                row, *_ = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+                row: Any = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[0]
                 found[text] = self._prompt(text, sections[text], row)
         return found
 

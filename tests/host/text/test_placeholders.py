@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -177,14 +178,14 @@ def test_the_clip_one_started_from_does_not_learn_the_placeholder(worlds):
 
 def test_a_vector_of_the_wrong_width_is_an_error_naming_both(worlds):
     concept = worlds.concept("sd1")
-    wrong = type(concept)(**{**vars(concept), "embeddings": {"l": torch.zeros(1024)}})
+    wrong = dataclasses.replace(concept, **{"embeddings": {"l": torch.zeros(1024)}})
     with pytest.raises(ValueError, match=r"768 wide.*clip_l, found one 1024 wide"):
         with_placeholders(worlds.clip("sd1"), [wrong])
 
 
 def test_two_concepts_with_one_placeholder_are_refused(worlds):
     concepts = [worlds.concept("sd1", 0, "<Thing>"), worlds.concept("sd1", 1, "<thing>")]
-    with pytest.raises(PlaceholderError, match="'<thing>' is used by two concepts"):
+    with pytest.raises(PlaceholderError, match="'<thing>' is used by two of the concepts"):
         apply_concepts(worlds.model("sd1"), worlds.clip("sd1"), concepts)
 
 
