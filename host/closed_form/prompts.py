@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from comfy.sd import CLIP
@@ -73,8 +74,8 @@ class PromptEncoder:
                     found[text] = self._prompt(text, sections[text], row)
             for text in weighted:
                 clip = self.text.clip
-                row: Any = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[0]
-                found[text] = self._prompt(text, sections[text], row)
+                encoded: Any = clip.encode_from_tokens(clip.tokenize(text))
+                found[text] = self._prompt(text, sections[text], encoded[0])
         return found
 
     def _weighted(self, text: str) -> bool:
