@@ -74,7 +74,7 @@ class PromptEncoder:
                     found[text] = self._prompt(text, sections[text], row)
             for text in weighted:
                 clip = self.text.clip
-                encoded: Any = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+                encoded: Any = clip.encode_from_tokens(clip.tokenize(text))
                 found[text] = self._prompt(text, sections[text], encoded[0])
         return found
 

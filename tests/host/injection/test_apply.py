@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from comfyui_perfusion.host.injection.apply import apply_concepts
@@ -9,7 +11,7 @@ from comfyui_perfusion.host.models.families import UnsupportedModelError
 
 
 def changed(concept, **fields):
-    return type(concept)(**{**vars(concept), **fields})
+    return dataclasses.replace(concept, **fields)
 
 
 def test_a_concept_of_another_family_is_refused_with_both_named(worlds):

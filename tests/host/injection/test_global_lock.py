@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import comfy.hooks
@@ -244,13 +245,13 @@ def test_a_controlnet_reads_the_everyday_word_in_the_same_batch(worlds, two, mon
 
 
 def test_a_superclass_of_several_sub_words_stands_as_their_mean(worlds, two):
-    concept = type(two[0])(**{**vars(two[0]), "superclass": "teddy bear"})
+    concept = dataclasses.replace(two[0], **{"superclass": "teddy bear"})
     stock = worlds.clip("sd1")
     _, clip = apply_concepts(worlds.model("sd1_light"), stock, [concept], "global")
     ids = stock.tokenizer.clip_l.tokenizer("teddy bear")["input_ids"][1:-1]
     assert len(ids) > 1
     table = stock.cond_stage_model.clip_l.transformer.get_input_embeddings().weight
-    mean = type(concept)(**{**vars(concept), "embeddings": {"l": table[ids].mean(0).detach()}})
+    mean = dataclasses.replace(concept, **{"embeddings": {"l": table[ids].mean(0).detach()}})
     expected = worlds.encode(with_placeholders(stock, [mean]), "a <a> here")[0][0]
     _, twin = untwined(worlds.encode(clip, "a <a> here")[0][0])
     torch.testing.assert_close(twin, expected)
@@ -312,7 +313,7 @@ def test_a_patch_that_changes_the_prompt_inside_the_model_is_refused(worlds, app
 def test_concepts_that_cannot_share_a_global_lock_are_refused(worlds, two):
     model, stock = worlds.model("sd1_light"), worlds.clip("sd1")
     keys = {name: torch.zeros_like(output) for name, output in two[0].o_v.items()}
-    trained = type(two[0])(**{**vars(two[0]), "o_k": keys})
+    trained = dataclasses.replace(two[0], **{"o_k": keys})
     with pytest.raises(ValueError, match=r"'<a>' was trained with keys.*local key lock"):
         apply_concepts(model, stock, [trained], "global")
     schedule = GateSchedule(0, 0.5, (0.6, 0.6), (0.1, 0.1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 
 import comfy.model_management
@@ -65,7 +66,7 @@ def test_trained_keys_take_the_place_of_locked_ones(worlds):
     concept = worlds.concept("sd1")
     keys = {name: torch.randn_like(output) for name, output in concept.o_v.items()}
     trained = worlds.concept("sd1", 1, "<b>")
-    trained = type(trained)(**{**vars(trained), "o_k": keys})
+    trained = dataclasses.replace(trained, **{"o_k": keys})
     patched, _ = apply_concepts(model, worlds.clip("sd1"), [concept, trained])
     layer = cross_attentions(loaded(patched).model)[0]
     encodings = torch.randn(1, 7, 768)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 
@@ -173,7 +174,7 @@ def test_with_global_lock_the_keys_are_the_twins_only_while_the_concepts_act(wor
 
 
 def test_parallel_concepts_may_take_turns(worlds, two):
-    twin = type(two[0])(**{**vars(two[0]), "placeholder": "<b>"})
+    twin = dataclasses.replace(two[0], **{"placeholder": "<b>"})
     model, stock = worlds.model("sd1_light"), worlds.clip("sd1")
     with pytest.raises(ValueError, match="parallel"):
         apply_concepts(model, stock, [scheduled(two[0], 0, 0.5), scheduled(twin, 0.4, 1)])

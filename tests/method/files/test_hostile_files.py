@@ -66,7 +66,7 @@ def refused(path: Path, key: str, *fragments: str) -> str:
         ("placeholder", "a\x1b[31mb", ["visible characters"]),
         ("placeholder", "a b", ["one word"]),
         ("superclass", "", ["1 to 128"]),
-        ("key_lock", "global", ["'local' or 'trained'", "'global'"]),
+        ("key_lock", "global", ["'local', 'twin', 'trained'", "'global'"]),
         ("key_lock", None, ["no such key"]),
         ("gate", "[0.6,0.1]", ["3 finite number(s)", "[0.6,0.1]"]),
         ("gate", "[0.6,0.1,NaN]", ["finite"]),
