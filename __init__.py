@@ -2,9 +2,9 @@
 
 from .demo.model.family import SMALL_WORLD
 from .host.files import concept_files
-from .host.models.families import register_family
 from .host.files.concept_upload import register_route
 from .host.interface.hints import register_hints
+from .host.models.families import register_family
 from .host.text import covariance
 from .nodes import PerfusionExtension
 
