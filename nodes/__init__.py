@@ -21,6 +21,7 @@ from .save_edit import PerfusionSaveEdit
 from .schedule import PerfusionScheduleGate
 from .training import PerfusionCovariance, PerfusionTrainConcept
 from .training_options import PerfusionTrainingOptions
+from .training_runs import PerfusionTrainingRuns
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     PerfusionApplyConcepts,
@@ -31,6 +32,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PerfusionConceptInfo,
     PerfusionTrainConcept,
     PerfusionTrainingOptions,
+    PerfusionTrainingRuns,
     PerfusionAutoMask,
     PerfusionCovariance,
     PerfusionEditAssumption,

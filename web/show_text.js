@@ -1,8 +1,9 @@
 // Shows what a node of ours says about its work as text on the node, also after another tab was
 // open or the page was loaded again. The stock interface does so for its own preview nodes only.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 import { forget, keep, kept } from "./kept_texts.js";
-import { growTo } from "./room.js";
+import { growTo, nodeOf } from "./room.js";
 import { store } from "./stores.js";
 
 const NAME = "perfusion_text";
@@ -55,15 +56,60 @@ function show(node, text) {
   app.graph.setDirtyCanvas(true, true);
 }
 
+// A node's report with this run's hints above it; it stays when a run has nothing new to say.
+function say(node, { hints, report }) {
+  const said = (node.perfusionSaid ??= { hints: [], report: "" });
+  if (hints) said.hints = hints;
+  if (report !== undefined) said.report = report;
+  const text = [...said.hints.map((hint) => `! ${hint}`), said.report].filter(Boolean).join("\n");
+  if (text || node.widgets?.some((widget) => widget.name === NAME)) show(node, text);
+  keep(node, text);
+}
+
 function restore(node) {
-  const text = app.nodeOutputs?.[node.id]?.text?.join("\n") ?? kept(node);
-  if (text) show(node, text);
+  const text = kept(node) ?? app.nodeOutputs?.[node.id]?.text?.join("\n");
+  if (text) say(node, { report: text });
+}
+
+// Where a hint belongs: on the node of ours that it came from, or on the one before a sampler.
+function placeOf(node, seen = new Set()) {
+  if (!node || seen.has(node)) return undefined;
+  seen.add(node);
+  if (isOurs(node)) return node;
+  for (const at of node.inputs?.keys() ?? []) {
+    const found = placeOf(node.getInputNode(at), seen);
+    if (found) return found;
+  }
+  return undefined;
+}
+
+function hint({ detail }) {
+  const node = nodeOf(detail.node);
+  const place = placeOf(node);
+  const old = place?.perfusionSaid?.hints ?? [];
+  if (place && !old.includes(detail.text)) say(place, { hints: [...old, detail.text] });
+  app.extensionManager?.toast?.add({
+    severity: "warn",
+    summary: (place ?? node)?.title ?? "Perfusion",
+    detail: detail.text,
+    life: 20000,
+  });
+}
+
+function forgetHints() {
+  for (const node of app.graph.nodes) {
+    if (node.perfusionSaid?.hints.length) say(node, { hints: [] });
+  }
 }
 
 const isOurs = (node) => node.type?.startsWith("Perfusion");
 
 app.registerExtension({
   name: "perfusion.show_text",
+  setup() {
+    api.addEventListener("perfusion.hint", hint);
+    api.addEventListener("execution_start", forgetHints);
+  },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("Perfusion")) return;
     const before = nodeType.prototype.onExecuted;
@@ -72,9 +118,7 @@ app.registerExtension({
       // What was shown on the way; Nodes 2.0 would show it beside what came out.
       if (output?.images?.length) store("nodeOutput")?.revokePreviewsByLocatorId?.(String(this.id));
       if (!output?.text?.length) return;
-      const text = output.text.join("\n");
-      show(this, text);
-      keep(this, text);
+      say(this, { report: output.text.join("\n") });
     };
   },
   beforeConfigureGraph(data) {

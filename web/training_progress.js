@@ -67,8 +67,14 @@ function show(node, run) {
   const [, loss, mean] = points[points.length - 1];
   const known = bands.map((band) => (band == null ? "-" : band.toPrecision(2))).join(" ");
   panel.words.textContent =
-    `step ${step} of ${steps}   ${duration(run.seconds_left)}   ${memory.toFixed(1)} GB on ${device}\n` +
-    `loss ${loss.toPrecision(3)}, smoothed ${mean.toPrecision(3)} (little noise to much: ${known})`;
+    [
+      `step ${step} of ${steps}`,
+      step < steps ? duration(run.seconds_left) : "done",
+      `${memory.toFixed(1)} GB in use on ${device}`,
+    ]
+      .filter(Boolean)
+      .join(" \u00b7 ") +
+    `\nloss ${loss.toPrecision(3)}, smoothed ${mean.toPrecision(3)} (little noise to much: ${known})`;
   const values = points.map((point) => point[2]);
   const range = [Math.min(...values) * 0.9, Math.max(...values) * 1.1];
   panel.plain.setAttribute("points", line(points, steps, 1, range));

@@ -21,14 +21,13 @@ def tell(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Warn in the log and on the node that is running; once for each run of that node."""
+    """Warn in the log, from where the page gets it (`hints`); once for each run of a node."""
     context = get_executing_context()
     prompt, node = ("", "") if context is None else (context.prompt_id, context.node_id)
     if (prompt, node, text) in _said:
         return
     _said.append((prompt, node, text))
     logger.warning("%s", text)
-    _show(text)
 
 
 def _show(text: str) -> None:

@@ -19,6 +19,7 @@ from ...perfusion.training.run import train_concept, training_fingerprint
 from ..interface.messages import tell
 from .live import LiveProgress
 from .options import TrainingOptions
+from .run_folders import thin_run
 from .runs import Run
 from .samples import Painter, SampleSettings, Strip, of_png, side_by_side, to_png
 from .selection import Checkpoint
@@ -92,6 +93,7 @@ class Session:
     def finish(self) -> None:
         """Say that nothing is left to do, so that the same training would start anew."""
         self.run.finish(self.config.steps)
+        thin_run(self.run.folder)
 
     def keep_partial(self, result: TrainingResult) -> None:
         """Keep the last good state of a run that is cut off, and say where."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from dev.chromium import READY, open_interface
 from dev.server import Server
@@ -49,7 +49,7 @@ def test_a_training_shows_step_time_losses_memory_and_their_curve(trained: Page)
     text, curve = trained.evaluate(PANEL)
     assert "step 40 of 40" in text
     assert "smoothed" in text
-    assert "GB on cpu" in text
+    assert "GB in use on cpu" in text
     assert len(curve.split()) == 40
     heard = trained.evaluate(HEARD)
     assert any("left" in words for words in heard)
@@ -77,3 +77,40 @@ def test_reports_survive_another_tab_and_a_reload_and_are_not_in_the_workflow(
 def test_a_template_opened_anew_shows_no_old_reports(trained: Page) -> None:
     open_page(trained, NAME)
     assert trained.evaluate(REPORTS) == []
+
+
+def test_a_hint_is_said_on_the_page_and_on_the_node_that_applied_the_concept(
+    trained: Page,
+) -> None:
+    open_page(trained, "05 gate schedule")
+    trained.evaluate(
+        """() => {
+            const set = (node, name, value) => {
+                node.widgets.find(widget => widget.name === name).value = value;
+            };
+            for (const node of window.app.graph.nodes) {
+                if (node.type === "PerfusionScheduleGate") {
+                    set(node, "start_percent", 0.97);
+                    set(node, "end_percent", 0.98);
+                }
+                if (node.type === "KSampler") set(node, "steps", 2);
+            }
+        }"""
+    )
+    run(trained)
+    keep_picture(trained, "hint on the node")
+    hints = [text for kind, text in trained.evaluate(REPORTS) if kind == "PerfusionApplyConcepts"]
+    assert len(hints) == 1
+    assert hints[0].startswith("! the schedule of <bo> met no step")
+    toast = trained.locator(".p-toast-message").filter(has_text="met no step")
+    expect(toast).to_have_count(1)
+    expect(toast).to_contain_text("Apply Concepts: scheduled")
+    # A run without anything to say takes it away.
+    trained.evaluate(
+        """() => {
+            const gate = window.app.graph.nodes.find(n => n.type === "PerfusionScheduleGate");
+            gate.widgets.find(widget => widget.name === "start_percent").value = 0;
+        }"""
+    )
+    run(trained)
+    assert [text for kind, text in trained.evaluate(REPORTS) if "met no" in text] == []
