@@ -34,29 +34,21 @@ from tests.host.training_world import batch_of
 FAMILY = "small"
 # Where the host waits -> at most how often for one more unit of the work.
 WAITS = {
-    "model call, local": {("host/injection/encoding_cache.py:_same", "equal"): 1},
-    "model call, global": {("host/injection/encoding_cache.py:_same", "equal"): 1},
-    "model call, scheduled": {
-        ("host/injection/encoding_cache.py:_same", "equal"): 1,
-        ("host/injection/injection.py:begin", "_local_scalar_dense"): 1,
-        # The ends of two concepts' ranges.
-        ("host/injection/agenda.py:_sigma", "_local_scalar_dense"): 4,
-        ("host/injection/agenda.py:_sigma", "_to_copy"): 2,
-    },
+    "model call, local": {},
+    "model call, global": {},
+    # Where in the schedule the call is.
+    "model call, scheduled": {("host/injection/injection.py:_moment", "_local_scalar_dense"): 1},
     "training step": {},
     "batch of captions": {},
-    "picture to mask": {
-        # Once for each head of each cross-attention of each call.
-        ("perfusion/masks/attention.py:word_share", "index.Tensor"): 64,
-        ("host/pictures/auto_mask.py:_looks", "_to_copy"): 1,
-    },
+    # Its map comes back to be made a mask.
+    "picture to mask": {("host/pictures/auto_mask.py:_looks", "_to_copy"): 1},
     # Two weights; the numbers are those of the report.
     "layer to edit": {
         ("perfusion/closed_form/solver.py:factors", "_local_scalar_dense"): 2,
         ("perfusion/closed_form/low_rank.py:norm", "_local_scalar_dense"): 2,
         ("perfusion/closed_form/report.py:measure_layer", "_local_scalar_dense"): 2,
         ("perfusion/closed_form/report.py:_ratio", "_local_scalar_dense"): 4,
-        ("host/closed_form/weight_patches.py:apply_edit", "_to_copy"): 2,
+        ("perfusion/closed_form/changes.py:changes_of", "_to_copy"): 4,
     },
 }
 
@@ -183,7 +175,9 @@ def test_masks_are_found_on_the_device(worlds, model, clip):
     assert_no_more_than(waits_of_one_more(mask, 1, 2), "picture to mask")
 
 
-def test_weights_are_edited_on_the_device(model, clip, monkeypatch):
+def test_weights_are_edited_on_the_device(worlds, model, monkeypatch):
+    # An encoder without values could not tell the two prompts apart.
+    clip = worlds.clip("sd1")
     monkeypatch.setattr("comfy.model_management.get_torch_device", lambda: CUDA)
 
     def edit(layers):

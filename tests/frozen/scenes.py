@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from comfyui_perfusion.nodes.concepts import PerfusionApplyConcepts
 from comfyui_perfusion.nodes.schedule import PerfusionScheduleGate
+from comfyui_perfusion.nodes.training import PerfusionTrainConcept
 
-from tests.host.small_training import TrainingConfig, TrainingOptions, measure_covariance, train
+from tests.host.small_training import TrainingOptions, measure_covariance
 
 STEPS = 3
 # name -> family, concept files, key lock, whether the first concept follows a schedule.
@@ -63,12 +64,15 @@ class Training:
         self.models = model, clip, vae
 
     def run(self, steps=STEPS):
-        settings = TrainingConfig(
-            placeholder="<a>", superclass="cat", steps=steps, batch_size=2, learning_rate=0.1
-        )
+        """What the node returns; its inputs come as ComfyUI passes them, as lists."""
         options = TrainingOptions(
             schedule="constant", templates=("a {}", "a photo of a {}"), sample_every=0
         )
-        pictures = [self.images], None, self.covariance
+        settings = {
+            **dict(zip(("model", "clip", "vae"), self.models, strict=True)),
+            **{"images": self.images, "covariance": self.covariance, "options": options},
+            **{"placeholder": "<a>", "superclass": "cat", "steps": steps, "batch_size": 2},
+            **{"learning_rate": 0.1, "embedding_learning_rate": 0.006, "seed": 0},
+        }
         with torch.inference_mode():
-            return train(*self.models, *pictures, settings, options)
+            return PerfusionTrainConcept.execute(**{k: [v] for k, v in settings.items()}).args
