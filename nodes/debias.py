@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.closed_form.edits import debias
+from ..host.closed_form.edits import ToPreserve, debias
 from ..host.closed_form.weight_patches import EditSettings
-from ..perfusion.closed_form.preserve import Preserved
 from ..perfusion.closed_form.uce import RIDGE, Debiasing
 from ..perfusion.text.lines import lines_of
 from .edit_inputs import CATEGORY, edited, model_and_clip, outputs, solving
@@ -79,7 +78,7 @@ class PerfusionDebias(io.ComfyNode):
         strength: float,
         layers: str,
         restart: bool,
-        preserve: Preserved | None = None,
+        preserve: ToPreserve | None = None,
     ) -> io.NodeOutput:
         """The edited MODEL and the report, which is shown on the node too."""
         settings = EditSettings(ridge, strength, with_to_k, layers, restart)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.closed_form.edits import edit_assumption
+from ..host.closed_form.edits import ToPreserve, edit_assumption
 from ..host.closed_form.weight_patches import EditSettings
-from ..perfusion.closed_form.preserve import Preserved
 from ..perfusion.closed_form.time import RIDGE
 from .edit_inputs import CATEGORY, edited, model_and_clip, outputs, solving
 
@@ -75,7 +74,7 @@ class PerfusionEditAssumption(io.ComfyNode):
         strength: float,
         layers: str,
         restart: bool,
-        preserve: Preserved | None = None,
+        preserve: ToPreserve | None = None,
         carry: float = 0.0,
         with_padding: bool = True,
     ) -> io.NodeOutput:

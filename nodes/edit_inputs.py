@@ -13,7 +13,11 @@ LARGEST_RIDGE = 1e6
 def model_and_clip() -> list[io.Input]:
     """What is edited."""
     return [
-        io.Model.Input("model", tooltip="The model to edit; LoRA and edits on it count."),
+        io.Model.Input(
+            "model",
+            tooltip="The model to edit; LoRA and edits on it count. SD1.x, SD2, SDXL, and Flux.1, "
+            "Chroma, SD3, Qwen-Image, Z-Image, Lumina 2, HiDream, AuraFlow.",
+        ),
         io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
     ]
 
@@ -33,7 +37,8 @@ def solving(ridge: float) -> list[io.Input]:
         io.Boolean.Input(
             "with_to_k",
             default=True,
-            tooltip="Edit the keys besides the values: where the words act besides what they say.",
+            tooltip="Edit the keys besides the values: where the words act besides what they say. "
+            "Stays on for models that read the text through one map (Flux, Qwen-Image, ...).",
         ),
         io.Float.Input(
             "strength",
@@ -66,7 +71,8 @@ def outputs() -> list[io.Output]:
         io.Model.Output(display_name="MODEL", tooltip="The edited model; others stay as they are."),
         io.String.Output(
             display_name="report",
-            tooltip="Layers, size of the change, what is not met, drift, condition number.",
+            tooltip="Layers, size of the change, what is not met, drift, condition number; what "
+            "else tells the model of the text and is not edited.",
         ),
     ]
 

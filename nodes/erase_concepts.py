@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.closed_form.edits import BOTH, REFINEMENT, REPLACEMENT, erase_concepts
+from ..host.closed_form.edits import BOTH, REFINEMENT, REPLACEMENT, ToPreserve, erase_concepts
 from ..host.closed_form.weight_patches import EditSettings
-from ..host.text.caption_sources import sentences_known_to
-from ..perfusion.closed_form.preserve import Preserved
 from ..perfusion.closed_form.uce import RIDGE
 from ..perfusion.text.lines import lines_of
 from .edit_inputs import CATEGORY, edited, model_and_clip, outputs, solving
@@ -66,9 +64,9 @@ class PerfusionEraseConcepts(io.ComfyNode):
         strength: float,
         layers: str,
         restart: bool,
-        preserve: Preserved | None = None,
+        preserve: ToPreserve | None = None,
     ) -> io.NodeOutput:
         """The edited MODEL and the report, which is shown on the node too."""
         settings = EditSettings(ridge, strength, with_to_k, layers, restart)
-        chosen = lines_of(sentences) or sentences_known_to(clip)
+        chosen = lines_of(sentences)
         return edited(erase_concepts(model, clip, concepts, method, chosen, settings, preserve))

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ...perfusion.closed_form.constraints import Constraints
-from ...perfusion.closed_form.erasure import Erasure, check_erasures, parse_erasures
+from ...perfusion.closed_form.erasure import check_erasures, parse_erasures
 from ...perfusion.closed_form.mace import SENTENCES, refinement_constraints
 from ...perfusion.closed_form.preserve import Preserved, preserve
 from ...perfusion.closed_form.time import time_constraints
 from ...perfusion.closed_form.uce import Debiasing, debias_constraints, replacement_constraints
 from ...perfusion.gated.covariance import Covariance
-from .prompts import PromptEncoder
-from .weight_patches import EditSettings, apply_edit, check_pair
+from ..text.text_encoders import TextEncoders
+from .readings import Encoder, Reading, TextSide, text_side
+from .weight_patches import EditSettings, Task, apply_edit
 
 REFINEMENT, REPLACEMENT, BOTH = "refinement", "replacement", "both"
+
+
+Ask = Callable[[Encoder], Iterable[Constraints]]
+
+
+@dataclass(frozen=True)
+class ToPreserve:
+    """What edits shall leave as it is, whatever the model makes of it.
+
+    Attributes:
+        texts: prompts.
+        weight: how much each of their tokens counts beside an edited one's 1.
+        covariance: statistics of captions.
+        covariance_weight: as how many tokens they count.
+    """
+
+    texts: tuple[str, ...]
+    weight: float = 1.0
+    covariance: Covariance | None = None
+    covariance_weight: float = 0.0
+
+    def for_reading(self, reading: Reading) -> Preserved:
+        """The same in the encodings that some projections read."""
+        found = (each for encode in reading.encoders for each in encode.stream(self.texts))
+        return preserve(found, self.weight, self.covariance, self.covariance_weight)
 
 
 def edit_assumption(
@@ -29,7 +57,7 @@ def edit_assumption(
     carry: float,
     with_padding: bool,
     settings: EditSettings,
-    preserved: Preserved | None,
+    preserved: ToPreserve | None,
 ) -> tuple[ModelPatcher, str]:
     """TIME's edit: a MODEL for which the source says what the destination says, and the report.
 
@@ -43,10 +71,12 @@ def edit_assumption(
     Raises:
         ValueError: for prompts that do not match, and for an edit that cannot be solved.
     """
-    check_pair(model, clip)
-    encode = PromptEncoder(clip)
-    constraints = time_constraints(encode, source, destination, augment, carry, with_padding)
-    return _apply(model, constraints, settings, f"{source} -> {destination}", preserved)
+    side = text_side(model, clip, settings.layers, settings.with_to_k)
+
+    def ask(encode: Encoder) -> Iterator[Constraints]:
+        yield time_constraints(encode, source, destination, augment, carry, with_padding)
+
+    return _apply(model, side, ask, settings, f"{source} -> {destination}", preserved)
 
 
 def erase_concepts(
@@ -56,7 +86,7 @@ def erase_concepts(
     method: str,
     sentences: Sequence[str],
     settings: EditSettings,
-    preserved: Preserved | None,
+    preserved: ToPreserve | None,
 ) -> tuple[ModelPatcher, str]:
     """Erase phrases, all in one solve; the MODEL and the report.
 
@@ -66,31 +96,30 @@ def erase_concepts(
         concepts: one `target -> anchor` a line.
         method: "refinement" (MACE's: the words around), "replacement" (UCE's: the words themselves)
             or "both".
-        sentences: to erase in, each with one {}; the built-in ones when there is none.
+        sentences: to erase in, each with one {}; built-in ones of words that the text encoder
+            knows when there is none.
         settings: how to solve, and where.
         preserved: what to leave as it is.
 
     Raises:
         ValueError: for lines that contradict themselves, each other, or what is preserved.
     """
-    check_pair(model, clip)
+    side = text_side(model, clip, settings.layers, settings.with_to_k)
     erasures = parse_erasures(concepts)
-    encode = PromptEncoder(clip)
-    check_erasures(encode, erasures, preserved.texts if preserved else ())
-    parts = _erasing(encode, erasures, method, tuple(sentences) or SENTENCES)
+    chosen = tuple(sentences) or side.sentences or SENTENCES
+    kept = preserved.texts if preserved else ()
+
+    def ask(encode: Encoder) -> Iterator[Constraints]:
+        check_erasures(encode, erasures, kept)
+        # One erasure after the other: all encodings together would be gigabytes for many of them.
+        for erasure in erasures:
+            if method in (REFINEMENT, BOTH):
+                yield refinement_constraints(encode, [erasure], chosen)
+            if method in (REPLACEMENT, BOTH):
+                yield replacement_constraints(encode, [erasure], chosen)
+
     label = f"erase ({method}) " + ", ".join(f"{e.target} -> {e.anchor}" for e in erasures)
-    return _apply(model, parts, settings, label, preserved)
-
-
-def _erasing(
-    encode: PromptEncoder, erasures: Sequence[Erasure], method: str, sentences: Sequence[str]
-) -> Iterator[Constraints]:
-    # One erasure after the other: all encodings together would be gigabytes for many of them.
-    for erasure in erasures:
-        if method in (REFINEMENT, BOTH):
-            yield refinement_constraints(encode, [erasure], sentences)
-        if method in (REPLACEMENT, BOTH):
-            yield replacement_constraints(encode, [erasure], sentences)
+    return _apply(model, side, ask, settings, label, preserved)
 
 
 def debias(
@@ -98,19 +127,22 @@ def debias(
     clip: CLIP,
     debiasings: Sequence[Debiasing],
     settings: EditSettings,
-    preserved: Preserved | None,
+    preserved: ToPreserve | None,
 ) -> tuple[ModelPatcher, str]:
     """UCE's debiasing of concepts towards wanted shares of attributes; the MODEL and the report.
 
     Raises:
         ValueError: for no concept, and for shares that are met already.
     """
-    check_pair(model, clip)
+    side = text_side(model, clip, settings.layers, settings.with_to_k)
     if not debiasings:
         raise ValueError("expected at least one concept to debias, found none; write one a line")
-    constraints = debias_constraints(PromptEncoder(clip), debiasings)
+
+    def ask(encode: Encoder) -> Iterator[Constraints]:
+        yield debias_constraints(encode, debiasings)
+
     label = "debias " + ", ".join(each.concept for each in debiasings)
-    return _apply(model, constraints, settings, label, preserved)
+    return _apply(model, side, ask, settings, label, preserved)
 
 
 def preserve_prompts(
@@ -119,27 +151,42 @@ def preserve_prompts(
     weight: float,
     covariance: Covariance | None,
     covariance_weight: float,
-) -> Preserved:
+) -> ToPreserve:
     """Prompts and statistics that edits shall leave as they are; see `preserve`.
 
     Raises:
-        ValueError: for neither prompts nor statistics, and for statistics of another text encoder.
+        ValueError: for neither prompts nor statistics, for negative weights, and for statistics of
+            another text encoder.
     """
-    encode = PromptEncoder(clip)
-    if covariance is not None and covariance.encoder_hash != encode.text.digest():
+    if covariance is None and not prompts:
+        raise ValueError("expected prompts or statistics to preserve, found neither")
+    if covariance is not None and covariance.encoder_hash != TextEncoders(clip).digest():
         raise ValueError(
             "the covariance was measured with another text encoder (or another clip skip or LoRA "
             "on it); measure it again with this CLIP"
         )
-    return preserve(encode.stream(prompts), weight, covariance, covariance_weight)
+    return ToPreserve(tuple(prompts), weight, covariance, covariance_weight)
 
 
 def _apply(
     model: ModelPatcher,
-    constraints: Constraints | Iterable[Constraints],
+    side: TextSide,
+    ask: Ask,
     settings: EditSettings,
     label: str,
-    preserved: Preserved | None,
+    preserved: ToPreserve | None,
 ) -> tuple[ModelPatcher, str]:
-    patched, report = apply_edit(model, constraints, settings, label, preserved)
-    return patched, f"{label}\n{report.text()}\nstrength {settings.strength:g}"
+    tasks = (
+        Task(
+            reading.keys,
+            reading.width,
+            chain.from_iterable(ask(encode) for encode in reading.encoders),
+            preserved.for_reading(reading) if preserved else None,
+        )
+        for reading in side.readings
+    )
+    patched, report = apply_edit(model, tasks, settings, label)
+    lines = [label, report.text(), f"strength {settings.strength:g}"]
+    if side.beside:
+        lines.append(f"not edited: {side.label} also has {side.beside}")
+    return patched, "\n".join(lines)

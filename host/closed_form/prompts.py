@@ -10,8 +10,8 @@ import torch
 from comfy.sd import CLIP
 from torch import Tensor
 
-from ...perfusion.closed_form.transformers_text import readable
 from ...perfusion.text.encoded_prompt import EncodedPrompt
+from ...perfusion.text.pieces import readable_pieces
 from ..text.text_encoders import TextEncoders, Tokens
 
 BATCH = 32
@@ -90,21 +90,29 @@ class PromptEncoder:
         last = int(self.text.word_mask(section).nonzero()[-1])
         return EncodedPrompt(
             text=text,
-            tokens=tuple(_token_id(token) for token in tokens),
-            pieces=tuple(
-                "<vector> " if isinstance(t, Tensor) else readable(words[t]) for t in tokens
-            ),
+            tokens=tuple(token_id(token) for token in tokens),
+            pieces=readable_pieces(token_names(tokens, words)),
             first=1,
             end=last,
             encodings=row.detach().float().cpu(),
         )
 
 
-def _token_id(token: int | Tensor) -> int:
-    # Ids of words are not negative; the same learned vector is the same token.
+def token_id(token: int | Tensor) -> int:
+    """A token's id; below 0 for a learned vector, the same for the same vector."""
     if isinstance(token, Tensor):
         return -1 - abs(hash(token.detach().float().cpu().contiguous().numpy().tobytes()))
     return token
+
+
+def token_names(tokens: Iterable[int | Tensor], vocabulary: Mapping[int, str]) -> list[str]:
+    """The vocabulary's entry for each token; a learned vector is a word of its own."""
+    return [
+        f"\u2581vector{-token_id(token)}"
+        if isinstance(token, Tensor)
+        else vocabulary.get(token, f"<{token}>")
+        for token in tokens
+    ]
 
 
 def batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:

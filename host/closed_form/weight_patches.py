@@ -6,11 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import comfy.lora
 import comfy.model_management
-import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.sd import CLIP
 from comfy.weight_adapter.lora import LoRAAdapter
 
 from ...perfusion.closed_form.changes import changes_of
@@ -19,12 +16,10 @@ from ...perfusion.closed_form.low_rank import LowRank
 from ...perfusion.closed_form.preserve import Preserved
 from ...perfusion.closed_form.report import EditReport
 from ...perfusion.closed_form.solver import solve
-from ...perfusion.shapes import Weight
-from ..models.families import check_clip, cross_attentions, family_of
+from .readings import PREFIX, weights_of
 
 KEY = "perfusion_edits"
 T = TypeVar("T")
-_PREFIX = "diffusion_model."
 
 
 @dataclass(frozen=True)
@@ -68,13 +63,21 @@ class AppliedEdit:
         }
 
 
-def check_pair(model: ModelPatcher, clip: CLIP) -> None:
-    """Make sure a MODEL can be edited with this CLIP.
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What to ask of projections that read the same encodings.
 
-    Raises:
-        UnsupportedModelError: for other models, and for the CLIP of another family.
+    Attributes:
+        keys: of their weights in the model.
+        width: D, of the encodings they read.
+        constraints: all of them, or parts of them one after the other.
+        preserved: what to leave as it is.
     """
-    check_clip(clip, family_of(model.model))
+
+    keys: Sequence[str]
+    width: int
+    constraints: Constraints | Iterable[Constraints]
+    preserved: Preserved | None = None
 
 
 def applied_edits(model: ModelPatcher) -> tuple[AppliedEdit, ...]:
@@ -83,11 +86,7 @@ def applied_edits(model: ModelPatcher) -> tuple[AppliedEdit, ...]:
 
 
 def apply_edit(
-    model: ModelPatcher,
-    constraints: Constraints | Iterable[Constraints],
-    settings: EditSettings,
-    label: str,
-    preserved: Preserved | None = None,
+    model: ModelPatcher, tasks: Iterable[Task], settings: EditSettings, label: str
 ) -> tuple[ModelPatcher, EditReport]:
     """A clone of a MODEL with one more edit, and what the edit does.
 
@@ -96,36 +95,49 @@ def apply_edit(
 
     Args:
         model: the MODEL to edit.
-        constraints: all of them, or parts of them one after the other.
+        tasks: what to ask, one for each kind of encodings that the model reads.
         settings: how to solve, and where.
         label: what is edited, for people.
-        preserved: what to leave as it is.
 
     Raises:
-        ValueError: when no layer is chosen, for constraints that cannot be met, for widths that
-            differ, and for weights with NaN.
+        ValueError: for constraints that cannot be met, for widths that differ, and for weights
+            with NaN.
     """
-    family = family_of(model.model)
-    keys = chosen_keys(model, settings.layers, settings.with_to_k)
-    parts = [constraints] if isinstance(constraints, Constraints) else constraints
-    edit = solve(_interruptible(parts), settings.ridge, preserved.prior if preserved else None)
-    if edit.width != family.width:
-        raise ValueError(
-            f"the encodings are {edit.width} wide, {family.label} reads {family.width} wide "
-            "ones; connect the CLIP that was loaded together with the model"
-        )
     patched = without_edits(model) if settings.restart else model.clone()
-    weights = _interruptible((_layer_name(key), weight) for key, weight in _weights(patched, keys))
-    changes, report = changes_of(weights, edit, preserved)
-    adapters = {
-        key: LoRAAdapter(set(), (change.up, change.down, None, None, None, None))
-        for key, change in zip(keys, changes.values(), strict=True)
-    }
+    adapters: dict[str, LoRAAdapter] = {}
+    reports = []
+    for task in tasks:
+        found, report = _solved(patched, task, settings.ridge)
+        adapters |= found
+        reports.append(report)
     if settings.strength != 0:
         patched.add_patches(adapters, settings.strength)
     one = AppliedEdit(label, settings.strength, adapters)
     patched.set_attachments(KEY, (*applied_edits(patched), one))
-    return patched, report
+    return patched, EditReport.joined(reports)
+
+
+def _solved(
+    model: ModelPatcher, task: Task, ridge: float
+) -> tuple[dict[str, LoRAAdapter], EditReport]:
+    asked = task.constraints
+    parts = [asked] if isinstance(asked, Constraints) else asked
+    prior = task.preserved.prior if task.preserved else None
+    edit = solve(_interruptible(parts), ridge, prior)
+    if edit.width != task.width:
+        raise ValueError(
+            f"the encodings are {edit.width} wide, the model reads {task.width} wide "
+            "ones; connect the CLIP that was loaded together with the model"
+        )
+    weights = _interruptible(
+        (_layer_name(key), weight) for key, weight in weights_of(model, task.keys)
+    )
+    changes, report = changes_of(weights, edit, task.preserved)
+    adapters = {
+        key: LoRAAdapter(set(), (change.up, change.down, None, None, None, None))
+        for key, change in zip(task.keys, changes.values(), strict=True)
+    }
+    return adapters, report
 
 
 def without_edits(model: ModelPatcher) -> ModelPatcher:
@@ -143,24 +155,6 @@ def without_edits(model: ModelPatcher) -> ModelPatcher:
     clone.add_patches({})
     clone.remove_attachments(KEY)
     return clone
-
-
-def chosen_keys(model: ModelPatcher, layers: str, with_to_k: bool) -> list[str]:
-    """Keys of the weights to edit.
-
-    Raises:
-        ValueError: when no layer's name contains any of the given parts.
-    """
-    parts = [part.strip() for part in layers.split(",") if part.strip()]
-    names = [layer.name for layer in cross_attentions(model.model)]
-    chosen = [name for name in names if not parts or any(part in name for part in parts)]
-    if not chosen:
-        raise ValueError(
-            f"no cross-attention layer's name contains {' or '.join(map(repr, parts))}, so nothing "
-            f"would be edited; the layers are called {names[0]}, ... {names[-1]}"
-        )
-    projections = ("to_k", "to_v") if with_to_k else ("to_v",)
-    return [f"{_PREFIX}{name}.{part}.weight" for name in chosen for part in projections]
 
 
 def total_changes(model: ModelPatcher) -> dict[str, LowRank]:
@@ -183,7 +177,7 @@ def total_changes(model: ModelPatcher) -> dict[str, LowRank]:
 
 
 def _layer_name(key: str) -> str:
-    return key.removeprefix(_PREFIX).removesuffix(".weight")
+    return key.removeprefix(PREFIX).removesuffix(".weight")
 
 
 def _interruptible(items: Iterable[T]) -> Iterator[T]:
@@ -191,16 +185,3 @@ def _interruptible(items: Iterable[T]) -> Iterator[T]:
     for item in items:
         comfy.model_management.throw_exception_if_processing_interrupted()
         yield item
-
-
-def _weights(model: ModelPatcher, keys: Sequence[str]) -> Iterator[tuple[str, Weight]]:
-    # As ComfyUI itself computes them when it loads a model, in fp32; nothing is loaded or changed.
-    device = comfy.model_management.get_torch_device()
-    entries = model.get_key_patches(_PREFIX)
-
-    def weight(key: str) -> Weight:
-        (stored, convert), *patches = entries[key]
-        cast = comfy.model_management.cast_to_device(stored, device, torch.float32, copy=True)
-        return comfy.lora.calculate_weight(patches, convert(cast, inplace=True), key)
-
-    return ((key, weight(key)) for key in keys)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..text.encoded_prompt import EncodedPrompt, EncodePrompts, check_prompt
 from ..text.lines import lines_of
 from ..text.prompts import check_templates, fill
-from .matching import contains, find_phrases
+from .matching import contains, find_phrases, words_of
 
 GENERIC_ANCHOR = "thing"
 """What a target without an anchor becomes."""
@@ -56,15 +56,15 @@ def parse_erasures(text: str) -> list[Erasure]:
 def check_erasures(
     encode: EncodePrompts, erasures: Sequence[Erasure], preserved: Sequence[str] = ()
 ) -> None:
-    """Refuse what contradicts itself, token by token.
+    """Refuse what contradicts itself, word by word as the text encoder reads them.
 
     Raises:
         ValueError: for a target equal to its anchor, an anchor that is erased too, and a target
             that contains a preserved phrase or is contained in one.
     """
-    targets = encode([erasure.target for erasure in erasures])
-    anchors = encode([erasure.anchor for erasure in erasures])
-    kept = encode(list(preserved))
+    targets = _phrases(encode, [erasure.target for erasure in erasures])
+    anchors = _phrases(encode, [erasure.anchor for erasure in erasures])
+    kept = _phrases(encode, preserved)
     for target, anchor in zip(targets, anchors, strict=True):
         if target.words == anchor.words:
             raise ValueError(
@@ -87,6 +87,19 @@ def check_erasures(
                     f"the preserved text {phrase.text!r} contains the target {target.text!r}; "
                     "it cannot be erased and preserved, drop one of them"
                 )
+
+
+@dataclass(frozen=True)
+class _Phrase:
+    text: str
+    words: tuple[str, ...]
+
+
+def _phrases(encode: EncodePrompts, texts: Sequence[str]) -> list[_Phrase]:
+    return [
+        _Phrase(each.text, tuple(word.text for word in words_of(each)))
+        for each in encode(list(texts))
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +129,7 @@ def swaps(
     """
     check_templates(sentences)
     for erasure in erasures:
-        phrase, anchor = (each.words for each in encode([erasure.target, erasure.anchor]))
+        phrase, anchor = (each.words for each in _phrases(encode, [erasure.target, erasure.anchor]))
         before = encode([fill(sentence, erasure.target) for sentence in sentences])
         after = encode([fill(sentence, erasure.anchor) for sentence in sentences])
         for source, destination in zip(before, after, strict=True):

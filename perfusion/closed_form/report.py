@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,25 @@ class EditReport:
     constraints: tuple[int, int]
     rank: int
     condition: float
+
+    @classmethod
+    def joined(cls, reports: Sequence[EditReport]) -> EditReport:
+        """One report on several solves of one edit: the largest rank and condition number.
+
+        Raises:
+            ValueError: for no report at all.
+        """
+        if not reports:
+            raise ValueError("expected at least one report to join, found none")
+        return cls(
+            tuple(layer for report in reports for layer in report.layers),
+            (
+                sum(report.constraints[0] for report in reports),
+                sum(report.constraints[1] for report in reports),
+            ),
+            max(report.rank for report in reports),
+            max(report.condition for report in reports),
+        )
 
     def text(self) -> str:
         """A few lines for a person."""

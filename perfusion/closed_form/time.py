@@ -84,8 +84,9 @@ def _matched(
 
 
 def _before(destination: EncodedPrompt, matched: list[int], position: int) -> int:
-    # The last matched token in front of an added word; the start of the prompt if there is none.
-    return max((at for at in matched if at < position), default=0)
+    # The last matched token in front of an added word. Where nothing stands in front of it, not
+    # even a start token, the first one behind it.
+    return max((at for at in matched if at < position), default=min(matched))
 
 
 def _added(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..shapes import Encodings
 from ..text.encoded_prompt import EncodedPrompt, EncodePrompts
+from ..text.pieces import readable_pieces
 
 
 def prompt_encoder(tokenizer: Any, text_encoder: Any) -> EncodePrompts:
@@ -50,11 +51,6 @@ def _prompt(
     tokenizer: Any, text: str, row: list[int], encodings: Annotated[Tensor, "N D"]
 ) -> EncodedPrompt:
     first = int(tokenizer.bos_token_id is not None and row[0] == tokenizer.bos_token_id)
-    pieces = [readable(piece) for piece in tokenizer.convert_ids_to_tokens(row)]
+    pieces = readable_pieces(tokenizer.convert_ids_to_tokens(row))
     end = row.index(tokenizer.eos_token_id, first)
-    return EncodedPrompt(text, tuple(row), tuple(pieces), first, end, encodings.detach())
-
-
-def readable(piece: str) -> str:
-    """A vocabulary entry as `EncodedPrompt.pieces` wants it: the end of a word is a space."""
-    return piece.replace("</w>", " ")
+    return EncodedPrompt(text, tuple(row), pieces, first, end, encodings.detach())

@@ -93,10 +93,11 @@ def replacement_constraints(
 
 
 def moderation_constraints(encode: EncodePrompts, phrases: Sequence[str]) -> Constraints:
-    """Concepts that shall mean no more than an empty prompt does."""
+    """Concepts that shall mean no more than an empty prompt does: its end, or its last token."""
     (empty,) = encode([""])
     inputs = concept_vectors(encode, phrases)
-    return Constraints(inputs, empty.encodings[empty.end].expand_as(inputs))
+    nothing = empty.encodings[min(empty.end, len(empty.tokens) - 1)]
+    return Constraints(inputs, nothing.expand_as(inputs))
 
 
 def preserving_constraints(

@@ -15,9 +15,10 @@ class EncodedPrompt:
     Attributes:
         text: the prompt.
         tokens: N ids, start, end and padding included; equal ids are equal tokens.
-        pieces: what a person reads for each of the N tokens.
-        first: position of the first word (1 behind a start token, else 0).
-        end: position of the end token; padding follows.
+        pieces: what a person reads for each of the N tokens; one that ends a word ends in a space.
+        first: position of the first word: behind a start token or what a template puts first.
+        end: position behind the last word: of the end token, a template's rest or padding, if the
+            text encoder puts any there, else N.
         encodings: (N, D).
 
     Raises:
@@ -38,9 +39,9 @@ class EncodedPrompt:
                 f"expected as many pieces and encodings as tokens ({count}), found "
                 f"{len(self.pieces)} and {tuple(self.encodings.shape)}"
             )
-        if not 0 <= self.first <= self.end < count:
+        if not 0 <= self.first <= self.end <= count:
             raise ValueError(
-                f"expected 0 <= first <= end < {count}, found {self.first} and {self.end}"
+                f"expected 0 <= first <= end <= {count}, found {self.first} and {self.end}"
             )
 
     @property

@@ -15,7 +15,7 @@ from perfusion.closed_form.erasure import (
     parse_erasures,
 )
 from perfusion.closed_form.mace import SENTENCES, refinement_constraints
-from perfusion.closed_form.matching import match_in_order, whole_word
+from perfusion.closed_form.matching import match_in_order, words_of
 from perfusion.closed_form.preserve import preserve
 from perfusion.closed_form.solver import solve
 from perfusion.closed_form.time import time_constraints
@@ -77,8 +77,12 @@ def test_a_source_word_missing_in_the_destination_is_named_whole(toy):
         time_constraints(toy, "a bird-bath", "a red bird-house")
     with pytest.raises(ValueError, match=r"'cat' of the source.*another order"):
         time_constraints(toy, "a cat", "cat a")
-    prompt = toy.prompt("one two-three-four five")
-    assert whole_word(prompt, 3) == "twothreefour"
+    words = words_of(toy.prompt("one two-three-four five"))
+    assert [(word.text, word.start, word.stop) for word in words] == [
+        ("one", 1, 2),
+        ("twothreefour", 2, 5),
+        ("five", 5, 6),
+    ]
 
 
 def test_all_words_that_cannot_be_matched_are_named(toy):

@@ -1,0 +1,209 @@
+"""What of a model reads text encodings, and how prompts are encoded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import comfy.lora
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
+from torch.nn.functional import rms_norm
+
+from ...perfusion.closed_form.even_sample import Rows
+from ...perfusion.shapes import Weight
+from ...perfusion.text.encoded_prompt import EncodedPrompt
+from ..models.families import (
+    UnsupportedModelError,
+    check_clip,
+    cross_attentions,
+    describe_model,
+    family_of,
+)
+from ..models.text_entries import TextEntry, entry_of, no_entry
+from ..text.prompt_streams import Stream, streams_of
+from .prompts import PromptEncoder
+from .stream_prompts import Conditionings, StreamEncoder
+
+PREFIX = "diffusion_model."
+
+
+class Encoder(Protocol):
+    """Encodes prompts in the way that conditions the model to be edited."""
+
+    def __call__(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
+        """The encoded prompts."""
+        ...
+
+    def stream(self, prompts: Iterable[str]) -> Iterator[EncodedPrompt]:
+        """The encoded prompts one after the other."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Projections that read the same encodings.
+
+    Attributes:
+        keys: of their weights in the model.
+        width: D, of the encodings they read.
+        encoders: one for each part of a conditioning that they read.
+    """
+
+    keys: tuple[str, ...]
+    width: int
+    encoders: tuple[Encoder, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TextSide:
+    """All that reads text in a model.
+
+    Attributes:
+        label: the model as a person knows it.
+        readings: projections by what they read.
+        sentences: of words that the text encoder knows, when it does not know everyday language.
+        beside: what else tells the model of the text and is not edited, empty for nothing.
+    """
+
+    label: str
+    readings: tuple[Reading, ...]
+    sentences: tuple[str, ...] = ()
+    beside: str = ""
+
+
+def text_side(model: ModelPatcher, clip: CLIP, layers: str, with_to_k: bool) -> TextSide:
+    """What of a MODEL to edit, and a CLIP's encoders for it.
+
+    Args:
+        model: the MODEL, with its patches.
+        clip: the CLIP loaded together with it.
+        layers: parts of layer names separated by commas; empty for all layers.
+        with_to_k: keys besides values.
+
+    Raises:
+        UnsupportedModelError: for a model that closed-form edits cannot act on, and for the CLIP
+            of another one.
+        ValueError: when no layer's name contains any of the given parts, and for values alone
+            where keys and values read one map.
+    """
+    entry = entry_of(model.model)
+    if entry is not None:
+        return _entry_side(model, clip, entry, layers, with_to_k)
+    try:
+        family = family_of(model.model)
+    except UnsupportedModelError as error:
+        raise no_entry(model.model) from error
+    check_clip(clip, family)
+    names = chosen([layer.name for layer in cross_attentions(model.model)], layers)
+    projections = ("to_k", "to_v") if with_to_k else ("to_v",)
+    keys = tuple(f"{PREFIX}{name}.{part}.weight" for name in names for part in projections)
+    sentences = family.words.sentences if family.words else ()
+    reading = Reading(keys, family.width, (PromptEncoder(clip),))
+    return TextSide(family.label, (reading,), sentences)
+
+
+def chosen(names: Sequence[str], layers: str) -> list[str]:
+    """The names that contain one of some parts separated by commas; all for no part.
+
+    Raises:
+        ValueError: when none does.
+    """
+    parts = [part.strip() for part in layers.split(",") if part.strip()]
+    found = [name for name in names if not parts or any(part in name for part in parts)]
+    if not found:
+        raise ValueError(
+            f"no cross-attention layer's name contains {' or '.join(map(repr, parts))}, so nothing "
+            f"would be edited; the layers are called {names[0]}, ... {names[-1]}"
+        )
+    return found
+
+
+def weights_of(model: ModelPatcher, keys: Iterable[str]) -> Iterator[tuple[str, Weight]]:
+    """Key and weight, one after the other, with all patches a MODEL carries.
+
+    As ComfyUI itself computes them when it loads a model, in fp32; nothing is loaded or changed.
+    """
+    device = comfy.model_management.get_torch_device()
+    entries = model.get_key_patches(PREFIX)
+
+    def weight(key: str) -> Weight:
+        (stored, convert), *patches = entries[key]
+        cast = comfy.model_management.cast_to_device(stored, device, torch.float32, copy=True)
+        return comfy.lora.calculate_weight(patches, convert(cast, inplace=True), key)
+
+    return ((key, weight(key)) for key in keys)
+
+
+def _entry_side(
+    model: ModelPatcher, clip: CLIP, entry: TextEntry, layers: str, with_to_k: bool
+) -> TextSide:
+    network: Any = model.model.diffusion_model
+    if not with_to_k:
+        raise ValueError(
+            f"{entry.label} reads the text through one map that keys and values share; switch "
+            "with_to_k on"
+        )
+    streams = {stream.name: stream for stream in streams_of(clip)}
+    known = {name.partition(".")[0] for name in streams}
+    if not streams or not known <= set(entry.streams):
+        raise UnsupportedModelError(
+            f"the CLIP does not belong to {entry.label}: expected encodings of "
+            f"{' and '.join(entry.streams)}, found {' and '.join(sorted(known)) or 'none'}. "
+            "Connect the CLIP that was loaded together with the model."
+        )
+    norm = _norm(model, entry.norm)
+    conditionings = Conditionings(clip)
+    linears = {linear.path: linear for linear in entry.linears(network)}
+    readings: dict[tuple[str, ...], list[str]] = {}
+    for path in chosen(list(linears), layers):
+        wanted = linears[path].streams
+        names = tuple(streams) if wanted is None else tuple(n for n in wanted if n in streams)
+        if names:
+            readings.setdefault(names, []).append(path)
+    if not readings:
+        raise UnsupportedModelError(
+            f"no chosen layer of {entry.label} reads what this CLIP gives "
+            f"({', '.join(sorted(known))}); load its other text encoders too"
+        )
+    return TextSide(
+        entry.label,
+        tuple(
+            _entry_reading(network, paths, [streams[name] for name in names], conditionings, norm)
+            for names, paths in readings.items()
+        ),
+        beside=entry.beside,
+    )
+
+
+def _entry_reading(
+    network: Any,
+    paths: Sequence[str],
+    streams: Sequence[Stream],
+    known: Conditionings,
+    norm: Callable[[Rows], Rows] | None,
+) -> Reading:
+    keys = tuple(f"{PREFIX}{path}.weight" for path in paths)
+    width = int(network.get_submodule(paths[0]).in_features)
+    return Reading(keys, width, tuple(StreamEncoder(known, stream, norm) for stream in streams))
+
+
+def _norm(model: ModelPatcher, path: str | None) -> Callable[[Rows], Rows] | None:
+    if path is None:
+        return None
+    module: Any = model.model.diffusion_model.get_submodule(path)
+    ((_, weight),) = weights_of(model, [f"{PREFIX}{path}.weight"])
+    scale = weight.cpu()
+
+    def normed(rows: Rows) -> Rows:
+        if rows.shape[-1] != len(scale):
+            raise UnsupportedModelError(
+                f"{describe_model(model.model)} reads encodings {len(scale)} wide, the text "
+                f"encoder gives {rows.shape[-1]}; connect the CLIP loaded together with it"
+            )
+        return rms_norm(rows, (len(scale),), scale, module.eps)
+
+    return normed
