@@ -97,7 +97,7 @@ class TrainingConfig(TrainingSettings):
     steps: int = 400
     batch_size: int = 16
     learning_rate: float = 0.25
-    embedding_learning_rate: float = 0.006
+    embedding_learning_rate: float = 0.09
     seed: int = 0
     mode: Mode = DEFAULT_MODE
     captions: tuple[str, ...] = ()

@@ -11,7 +11,14 @@ import torch
 from comfyui_perfusion.nodes.concepts import PerfusionApplyConcepts
 from comfyui_perfusion.nodes.schedule import PerfusionScheduleGate
 
-from tests.host.small_training import TrainingConfig, TrainingOptions, measure_covariance, train
+from tests.host.small_training import (
+    Material,
+    Models,
+    TrainingConfig,
+    TrainingOptions,
+    measure_covariance,
+    train,
+)
 
 STEPS = 3
 # name -> family, concept files, key lock, whether the first concept follows a schedule.
@@ -64,11 +71,20 @@ class Training:
 
     def run(self, steps=STEPS):
         settings = TrainingConfig(
-            placeholder="<a>", superclass="cat", steps=steps, batch_size=2, learning_rate=0.1
+            placeholder="<a>",
+            superclass="cat",
+            steps=steps,
+            batch_size=2,
+            learning_rate=0.1,
+            embedding_learning_rate=0.006,
+            mode="perfusion",
         )
         options = TrainingOptions(
-            schedule="constant", templates=("a {}", "a photo of a {}"), sample_every=0
+            schedule="constant",
+            templates=("a {}", "a photo of a {}"),
+            sample_every=0,
+            rate_unit="absolute",
         )
-        pictures = [self.images], None, self.covariance
+        material = Material([self.images], None, self.covariance)
         with torch.inference_mode():
-            return train(*self.models, *pictures, settings, options)
+            return train(Models(*self.models), material, settings, options)
