@@ -72,8 +72,11 @@ class Painter:
             with torch.no_grad():
                 plain = model.clone()
                 # Concepts on the user's model take no part in training.
-                plain.remove_attachments(KEY)
-                edited, words = _applied(plain, clip, concept)
+                for key in [key for key in plain.attachments if key.startswith(KEY)]:
+                    plain.remove_attachments(key)
+                concepts = [] if concept is None else [concept]
+                twin = concept is not None and concept.key_lock == "twin"
+                edited, words = apply_concepts(plain, clip, concepts, "twin" if twin else "local")
                 latents = [_sampled(edited, words, prompt, settings) for prompt in settings.prompts]
                 return torch.cat([self._decoded(latent) for latent in latents])
         finally:
@@ -97,14 +100,6 @@ class Painter:
         with torch.inference_mode(self._mode):
             pixels = (vae.decode(latent)[..., :3] * 255).round().clamp(0, 255).to(torch.uint8)
         return pixels.cpu().clone()
-
-
-def _applied(model: ModelPatcher, clip: CLIP, concept: Concept | None) -> tuple[ModelPatcher, CLIP]:
-    if concept is None:
-        return apply_concepts(model, clip, [])
-    if concept.key_lock == "twin":
-        return apply_concepts(model, clip, [concept], "twin")
-    return apply_concepts(model, clip, [concept])
 
 
 def _sampled(model: ModelPatcher, clip: CLIP, prompt: str, settings: SampleSettings) -> Tensor:

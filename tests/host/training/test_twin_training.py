@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 
 import comfy.model_management
+import comfy.sample
 import pytest
 import torch
+from comfyui_perfusion.demo.model.small_autoencoder import DOWNSCALE, LATENT_CHANNELS
+from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.host.models.native_loss import schedule
 from comfyui_perfusion.host.text.placeholders import serve_vectors
@@ -173,6 +176,37 @@ def test_samples_do_not_change_what_is_learned_and_the_same_run_gives_the_same_f
     watched = small.run(TWIN, sample_every=1, checkpoint_every=1, resume="never")
     assert file_of(plain.concept, folder) == file_of(watched.concept, folder)
     assert watched.samples.shape[2] > plain.samples.shape[2]
+
+
+def test_a_model_that_carries_concepts_with_another_lock_is_trained_with(
+    small, folder, monkeypatch
+):
+    plain = small.run(TWIN)
+    other = small.run(sample_every=0).concept
+    with torch.inference_mode():
+        carrying, _ = apply_concepts(small.model, small.clip, [other], "local")
+    with monkeypatch.context() as patch:
+        patch.setattr(small, "model", carrying)
+        found = small.run(TWIN, resume="never")
+    assert torch.equal(found.samples, plain.samples)
+    assert file_of(found.concept, folder) == file_of(plain.concept, folder)
+
+
+def test_samples_are_what_a_user_will_draw_with_twin_lock(small, folder):
+    trained = small.run(TWIN, sample_every=STEPS)
+    side = trained.samples.shape[1]
+    with torch.inference_mode():
+        model, clip = apply_concepts(small.model, small.clip, [trained.concept], "twin")
+        texts = ("a <bo> on the beach", "")
+        conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts]
+        empty = torch.zeros(1, LATENT_CHANNELS, side // DOWNSCALE, side // DOWNSCALE)
+        noise = comfy.sample.prepare_noise(empty, 0)
+        latent = comfy.sample.sample(
+            *(model, noise, 1, 5.0, "euler", "normal", *conds, empty), disable_pbar=True, seed=0
+        )
+        expected = (small.vae.decode(latent)[0] * 255).round() / 255
+    assert torch.equal(trained.samples[0, :, -side:], expected)
+    assert not torch.equal(trained.samples[0, :, :side], expected)
 
 
 def test_a_twin_training_that_is_cut_off_goes_on_to_the_same_file(small, folder, monkeypatch):
