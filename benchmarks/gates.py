@@ -21,7 +21,8 @@ load_pack()
 
 import torch  # noqa: E402
 from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
-from comfyui_perfusion.host.injection.apply import KEY_LOCKS, apply_concepts  # noqa: E402
+from comfyui_perfusion.host.injection.apply import apply_concepts  # noqa: E402
+from comfyui_perfusion.host.injection.key_locks import KEY_LOCKS  # noqa: E402
 from comfyui_perfusion.perfusion import Concept, load_concept  # noqa: E402
 
 from demo.fidelity import scene_fidelity, single_scale  # noqa: E402

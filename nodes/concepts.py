@@ -16,7 +16,8 @@ from ..host.files.concept_files import (
     write_concept,
 )
 from ..host.files.numbered_files import prefix_problem
-from ..host.injection.apply import KEY_LOCKS, KeyLock, apply_concepts
+from ..host.injection.apply import apply_concepts
+from ..host.injection.key_locks import DEFAULT_KEY_LOCK, KEY_LOCKS, KeyLock
 from ..host.pictures.thumbnails import thumbnail_of, thumbnail_url
 from ..perfusion.concept.concept import Concept
 from ..perfusion.concept.metadata import describe, with_thumbnail
@@ -151,12 +152,15 @@ class PerfusionApplyConcepts(io.ComfyNode):
                 io.Combo.Input(
                     "key_lock",
                     options=list(KEY_LOCKS),
-                    default=KEY_LOCKS[0],
+                    default=DEFAULT_KEY_LOCK,
                     optional=True,
-                    tooltip="Where things stand in the picture is decided, local: by the concept's "
-                    "own word as its everyday word would; global: by the whole prompt with the "
-                    "everyday words in the placeholders' places. Global follows the prompt more "
-                    "closely; the paper uses a bias of 0.40 to 0.60 there.",
+                    tooltip="How a concept takes its everyday word's place. twin: the prompt reads "
+                    "as if the everyday word stood there, and the concept changes only how it "
+                    "looks; an everyday word keeps its meaning, and a prompt that does not name "
+                    "the concept gives bit for bit the base model's picture. local: the concept's "
+                    "own word is placed as its everyday word would be. global: all words are, by "
+                    "the prompt with the everyday words; the paper uses a bias of 0.40 to 0.60 "
+                    "there. Concepts trained with twin lock need twin.",
                 ),
             ],
             outputs=[
@@ -174,7 +178,7 @@ class PerfusionApplyConcepts(io.ComfyNode):
         model: Any,
         clip: Any,
         concepts: dict[str, Concept | None] | None = None,
-        key_lock: KeyLock = "local",
+        key_lock: KeyLock = DEFAULT_KEY_LOCK,
     ) -> io.NodeOutput:
         """MODEL, CLIP."""
         chosen = [concept for concept in (concepts or {}).values() if concept is not None]

@@ -15,11 +15,13 @@ from ..host.training.options import TrainingOptions, captions_of
 from ..host.training.train import Material, covariance_with_progress, train
 from ..perfusion.gated.covariance import Covariance, Positions
 from ..perfusion.text.prompts import captions_for
-from ..perfusion.training.config import TrainingConfig
+from ..perfusion.training.config import DEFAULT_MODE, Mode, TrainingConfig
 from .kinds import ConceptKind, CovarianceKind, LossMapKind, TrainingOptionsKind
 from .lists import first_or_none, only
 
 CATEGORY = "perfusion/training"
+MODES: dict[str, Mode] = {"twin": "twin_lock", "local": "perfusion"}
+DEFAULT_KEY_LOCK = next(lock for lock, mode in MODES.items() if mode == DEFAULT_MODE)
 
 
 class PerfusionTrainConcept(io.ComfyNode):
@@ -73,19 +75,21 @@ class PerfusionTrainConcept(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "learning_rate",
-                    default=0.03,
+                    default=TrainingConfig.learning_rate,
                     min=0.00001,
                     max=1.0,
                     step=0.00001,
-                    tooltip="How fast the look of the thing is learned (paper: 0.03).",
+                    tooltip="How fast the look of the thing is learned, as a part of the size of "
+                    "the model's own values, so that one rate suits every model.",
                 ),
                 io.Float.Input(
                     "embedding_learning_rate",
-                    default=0.006,
+                    default=TrainingConfig.embedding_learning_rate,
                     min=0.00001,
                     max=1.0,
                     step=0.00001,
-                    tooltip="How fast the new word's vector is learned (paper: 0.006).",
+                    tooltip="How fast the new word's vector is learned, as a part of the size of "
+                    "the model's own. With the twin lock it is not learned.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -125,6 +129,15 @@ class PerfusionTrainConcept(io.ComfyNode):
                     optional=True,
                     tooltip="Scores the samples: the concept that is most like the pictures and "
                     "still follows its prompts is returned, instead of the last one.",
+                ),
+                io.Combo.Input(
+                    "key_lock",
+                    options=list(MODES),
+                    default=DEFAULT_KEY_LOCK,
+                    optional=True,
+                    tooltip="twin: an everyday word keeps its meaning beside the new one; a prompt "
+                    "that does not name the concept gives bit for bit the base model's picture. "
+                    "local: as the paper trains; the everyday word may then show the thing, too.",
                 ),
             ],
             outputs=[
@@ -170,6 +183,7 @@ class PerfusionTrainConcept(io.ComfyNode):
         options: list[TrainingOptions] | None = None,
         captions: list[str] | None = None,
         clip_vision: list[Any] | None = None,
+        key_lock: list[str] | None = None,
     ) -> io.NodeOutput:
         """PERFUSION_CONCEPT, LOSS_MAP, IMAGE, STRING, STRING; samples and report on the node."""
         word = only("placeholder", placeholder).strip()
@@ -185,6 +199,7 @@ class PerfusionTrainConcept(io.ComfyNode):
             embedding_learning_rate=only("embedding_learning_rate", embedding_learning_rate),
             seed=only("seed", seed),
             captions=captions_for(captions_of(captions, count), word) if captions else (),
+            mode=MODES[first_or_none("key_lock", key_lock) or DEFAULT_KEY_LOCK],
         )
         trained = train(
             Models(only("model", model), text_encoder, only("vae", vae)),

@@ -11,7 +11,7 @@ from ..host.training.options import SAMPLE_PROMPTS, Resume, TrainingOptions
 from ..host.training.private_copy import Precision
 from ..perfusion.text.lines import lines_of
 from ..perfusion.text.prompts import TEMPLATES
-from ..perfusion.training.config import RateSchedule
+from ..perfusion.training.config import RateSchedule, RateUnit
 from ..perfusion.training.losses import Normalisation
 from .kinds import TrainingOptionsKind
 
@@ -65,6 +65,7 @@ class PerfusionTrainingOptions(io.ComfyNode):
         train_bias: float = DEFAULT.bias,
         train_temperature: float = DEFAULT.temperature,
         ema: float = DEFAULT.ema,
+        rate_unit: RateUnit = DEFAULT.rate_unit,
     ) -> io.NodeOutput:
         """PERFUSION_TRAINING_OPTIONS."""
         options = TrainingOptions(
@@ -92,6 +93,7 @@ class PerfusionTrainingOptions(io.ComfyNode):
             bias=train_bias,
             temperature=train_temperature,
             ema=ema,
+            rate_unit=rate_unit,
             templates=lines_of(templates) or TEMPLATES,
         )
         return io.NodeOutput(options)
@@ -337,6 +339,16 @@ def _learning() -> list[io.Input]:
             max=1.0,
             step=0.001,
             tooltip="How slowly the concept's target input follows its encoding (paper: 0.99).",
+            advanced=True,
+        ),
+        io.Combo.Input(
+            "rate_unit",
+            optional=True,
+            options=list(get_args(RateUnit)),
+            default=DEFAULT.rate_unit,
+            tooltip="What the learning rates count in. relative: the size of what is learned, so "
+            "that one rate suits every model and layer. absolute: plain numbers, as in the paper "
+            "(0.03, and 0.006 for the new word).",
             advanced=True,
         ),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
@@ -16,26 +16,30 @@ from ..text.text_encoders import clip_digest
 from ..text.twin_encoder import with_twins
 from .agenda import Agenda
 from .injection import KEY, ConceptInjection, set_injection
+from .key_locks import DEFAULT_KEY_LOCK, KeyLock
 
-KeyLock = Literal["local", "global"]
-KEY_LOCKS: tuple[KeyLock, ...] = get_args(KeyLock)
 _LOCK = f"{KEY}_key_lock"
 
 
 def apply_concepts(
-    model: ModelPatcher, clip: CLIP, concepts: Sequence[Concept], key_lock: KeyLock = "local"
+    model: ModelPatcher,
+    clip: CLIP,
+    concepts: Sequence[Concept],
+    key_lock: KeyLock = DEFAULT_KEY_LOCK,
 ) -> tuple[ModelPatcher, CLIP]:
     """A clone of a ModelPatcher and of a CLIP that know these concepts, besides earlier ones.
 
     Applying twice equals applying once with both lists. Without concepts, or with all strengths
     0, the model stays unedited; placeholders are served in any case. With the local key lock a
     concept's own token has its superclass's keys; with the global one all keys are those of the
-    prompt with the superclass words in place of the placeholders (method section 1).
+    prompt with the superclass words in place of the placeholders. With twin lock the model reads
+    that prompt altogether, and the concepts speak in values only, where they are named (method
+    section 1).
 
     Raises:
         ValueError: for a concept of another family or layer list, a placeholder in use twice,
-            parallel concepts, a block the model does not have, and for concepts that cannot share
-            a global key lock.
+            parallel concepts, a block the model does not have, and for concepts that cannot be
+            applied with this key lock.
         UnsupportedModelError: for a model or CLIP that cannot be edited.
     """
     family = family_of(model.model)
@@ -46,14 +50,16 @@ def apply_concepts(
     check_placeholders(applied)
     warn_of_another_encoder(clip, concepts)
     active = [concept for concept in applied if concept.gate.strength != 0]
+    check_trained_lock(applied, key_lock)
     check_key_lock(model, active, key_lock)
     patched = model.clone()
     patched.set_attachments(KEY, applied)
     if active:
         patched.set_attachments(_LOCK, key_lock)
     agenda = Agenda(active, [layer.name for layer in cross_attentions(model.model)])
-    set_injection(patched, ConceptInjection(agenda, key_lock == "global") if active else None)
-    return patched, with_twins(with_placeholders(clip, concepts), concepts)
+    set_injection(patched, ConceptInjection(agenda, key_lock) if active else None)
+    twin_lock = key_lock == "twin"
+    return patched, with_twins(with_placeholders(clip, concepts, twin_lock), concepts, twin_lock)
 
 
 def applied_concepts(model: ModelPatcher) -> tuple[Concept, ...]:
@@ -94,6 +100,21 @@ def warn_of_another_encoder(clip: CLIP, concepts: Sequence[Concept]) -> None:
         )
 
 
+def check_trained_lock(applied: Sequence[Concept], key_lock: KeyLock) -> None:
+    """Make sure that concepts trained with twin lock are applied with it.
+
+    Raises:
+        ValueError: naming the concept and the remedy.
+    """
+    for concept in applied:
+        if concept.twin_locked and key_lock != "twin":
+            raise ValueError(
+                f"concept {concept.placeholder!r} was trained with twin lock, in prompts that read "
+                f"as its superclass {concept.superclass!r}, and means nothing with {key_lock} key "
+                "lock; choose key_lock twin"
+            )
+
+
 def check_key_lock(model: ModelPatcher, active: Sequence[Concept], key_lock: KeyLock) -> None:
     """Make sure that these concepts, some of them on the model already, can be locked this way.
 
@@ -111,9 +132,11 @@ def check_key_lock(model: ModelPatcher, active: Sequence[Concept], key_lock: Key
     for concept in active:
         if concept.o_k is not None:
             raise ValueError(
-                f"concept {concept.placeholder!r} was trained with keys of its own, which a global "
-                "key lock would replace; apply it with local key lock"
+                f"concept {concept.placeholder!r} was trained with keys of its own, which a "
+                f"{key_lock} key lock would replace; apply it with local key lock"
             )
+    if key_lock == "twin":
+        return
     plans = {(c.schedule.start, c.schedule.end, c.schedule.blocks) if c.schedule else None
              for c in active}  # fmt: skip
     if len(plans) > 1:

@@ -14,7 +14,7 @@ _FOR_CONTROL = "cross_attn_controlnet"
 
 
 def give_superclass_encodings(conditionings: Sequence[dict[str, Any]]) -> None:
-    """Let the ControlNets of a run read the second encodings of its prompts.
+    """Let the ControlNets of a run read its prompts with the superclass words.
 
     All conditionings get such an entry, so that they still run in one batch; those of a graph
     that sets it itself keep theirs.

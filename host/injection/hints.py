@@ -13,13 +13,23 @@ from typing import Any
 from ...perfusion.concept.concept import Concept
 from ..text.twin import placeholders_in
 from ..text.twin_encoder import SPOKEN, Spoken
+from .key_locks import KeyLock
 
 Conditioning = Mapping[str, Any]
 """One entry of a sampling run's conditionings, as ComfyUI's guiders hold them."""
 
 
+# What is carried along a prompt's encoding, and what is wrong and can be done without it.
+_LOST: Mapping[KeyLock, str] = {
+    "global": "the everyday word's encoding beside it, so its keys are not locked; use local key "
+    "lock with that node",
+    "twin": "what names the concept beside its everyday word, so the everyday word is drawn; leave "
+    "that node out",
+}
+
+
 def prompt_hints(
-    concepts: Sequence[Concept], conditionings: Iterable[Conditioning], global_lock: bool
+    concepts: Sequence[Concept], conditionings: Iterable[Conditioning], key_lock: KeyLock
 ) -> list[str]:
     """One sentence for each concept that the prompts of a run leave without effect."""
     known: set[str] = set()
@@ -42,11 +52,10 @@ def prompt_hints(
                 else f"no prompt was encoded by a text encoder that knows {word}: use the CLIP "
                 f"output of the node that applied the concept, and write {word} in the prompt"
             )
-        elif global_lock and word not in locked:
+        elif key_lock in _LOST and word not in locked:
             hints.append(
-                f"a node between the prompt and the sampler changes the encoding of {word} in a "
-                "way that loses the everyday word's encoding beside it, so its keys are not "
-                "locked; use local key lock with that node"
+                "a node between the prompt and the sampler changes the encoding of "
+                f"{word} in a way that loses {_LOST[key_lock]}"
             )
     return hints
 

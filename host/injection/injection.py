@@ -18,7 +18,7 @@ from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.rank_one import project
 from ..interface.messages import warn
 from ..models.families import CrossAttention, cross_attentions
-from ..text.twin import untwined
+from ..text.twin import TwinEncoding, told_apart, untwined
 from .agenda import Agenda, clock_of
 from .control import give_superclass_encodings
 from .dispatch import (
@@ -31,7 +31,9 @@ from .dispatch import (
     uninstall_call,
 )
 from .hints import prompt_hints, schedule_hints
+from .key_locks import KeyLock
 from .shared_inputs import SharedInputs, followed
+from .twin_inputs import TwinInputs
 
 KEY = "perfusion"
 
@@ -58,7 +60,7 @@ class InjectedProjection:
 
     def apply(self, original: Projection, encodings: Tensor) -> Tensor:
         """`W x' + g o`: the projection's own forward and one rank-k update."""
-        if not self.shared.acting:
+        if self.shared.passes(encodings):
             return original(encodings)
         outputs = self.outputs
         if outputs is None:
@@ -102,16 +104,16 @@ class TwinKeys:
 class InjectedModel:
     """The edit of one injected model: its shared inputs and all its projections."""
 
-    def __init__(self, model: BaseModel, agenda: Agenda) -> None:
+    def __init__(self, model: BaseModel, agenda: Agenda, key_lock: KeyLock) -> None:
         self.model_id = id(model)
         self._agenda = agenda
-        self._groups = {group: SharedInputs(group, agenda) for group in agenda.groups.values()}
+        self._key_lock = key_lock
+        shared = TwinInputs if key_lock == "twin" else SharedInputs
+        self._groups = {group: shared(group, agenda) for group in agenda.groups.values()}
         self._edits: list[tuple[Dispatcher, InjectedProjection]] = []
         self._hooked = False
 
-    def add(
-        self, owner: int, layer: CrossAttention, concepts: Sequence[Concept], twin_keys: bool
-    ) -> None:
+    def add(self, owner: int, layer: CrossAttention, concepts: Sequence[Concept]) -> None:
         """Put the edit of one cross-attention in place."""
         group = self._agenda.groups[layer.name]
         if not group:
@@ -119,11 +121,11 @@ class InjectedModel:
         shared = self._groups[group]
         chosen = [concepts[at] for at in group]
         superclasses = torch.stack([concept.superclass_encoding for concept in chosen])
-        keys = [None if c.o_k is None else c.o_k[layer.name] for c in chosen]
         values = [concept.o_v[layer.name] for concept in chosen]
-        if twin_keys:
+        if self._key_lock == "global":
             install(layer.to_k).put(owner, TwinKeys(shared))
-        else:
+        elif self._key_lock == "local":
+            keys = [None if c.o_k is None else c.o_k[layer.name] for c in chosen]
             self._put(owner, layer.to_k, InjectedProjection(shared, keys, superclasses))
         self._put(owner, layer.to_v, InjectedProjection(shared, values, superclasses))
 
@@ -133,8 +135,8 @@ class InjectedModel:
         """Make everything ready for a model call, outside of a compiled region.
 
         Args:
-            encodings: (B, N, D) as the layers will get them.
-            keys: (B, N, D) that global key lock makes keys of.
+            encodings: (B, N, D) of the prompts; the layers will get them but under twin lock.
+            keys: (B, N, D) of their twin, which global key lock makes keys of.
             moment: the concepts that act and how far the sampling is; None without schedules.
             hooked: whether hooks of conditionings patch other weights in.
         """
@@ -151,6 +153,17 @@ class InjectedModel:
         self._hooked = hooked
         for group in self._groups.values():
             group.begin(encodings, keys, progress)
+
+    def stand_by(self, moment: tuple[set[int], float] | None) -> None:
+        """Under twin lock, before a call whose prompts name no concept: nothing to compute."""
+        acting, progress = (None, 0.0) if moment is None else moment
+        changed = [group for group in self._groups.values() if group.act(acting)]
+        for _, edit in self._edits:
+            if edit.shared in changed:
+                edit.outputs = None
+        for group in self._groups.values():
+            if isinstance(group, TwinInputs):
+                group.stand_by(progress)
 
     def forget(self) -> None:
         """Drop the tensors of the last call."""
@@ -171,10 +184,10 @@ class ConceptInjection:
     anything that has a `.to`.
     """
 
-    def __init__(self, agenda: Agenda, global_lock: bool = False) -> None:
+    def __init__(self, agenda: Agenda, key_lock: KeyLock) -> None:
         self.concepts = agenda.concepts
         self._agenda = agenda
-        self._global_lock = global_lock
+        self._key_lock: KeyLock = key_lock
         self._live: dict[int, InjectedModel] = {}
         self._acted: set[int] = set()
         self._level: tuple[weakref.ref[Tensor], float] | None = None
@@ -183,9 +196,9 @@ class ConceptInjection:
         """Put the edit into the patcher's model. May be called again without an eject."""
         self.eject(patcher)
         model: Any = patcher.model
-        edit = InjectedModel(model, self._agenda)
+        edit = InjectedModel(model, self._agenda, self._key_lock)
         for layer in cross_attentions(model):
-            edit.add(id(patcher), layer, self.concepts, self._global_lock)
+            edit.add(id(patcher), layer, self.concepts)
         self._live[id(patcher)] = edit
         install_call(model, id(patcher), functools.partial(self.around_call, edit))
 
@@ -212,18 +225,28 @@ class ConceptInjection:
         **kwargs: Any,
     ) -> Any:
         """Around each model call: everything ready before it, no tensor of it kept after it."""
-        if c_crossattn is None:
-            raise ValueError("the model is sampled with concepts but without a prompt")
         options = {} if transformer_options is None else transformer_options
-        encodings, keys = (
-            comfy.model_management.cast_to_device(each, x.device, model.get_dtype_inference())
-            for each in untwined(c_crossattn)
-        )
-        encodings = followed(encodings)
-        hooked = getattr(model.current_patcher, "current_hooks", None) is not None
-        edit.begin(encodings, keys, self._moment(model, options.get("sigmas", t)), hooked)
+        moment = self._moment(model, options.get("sigmas", t))
+        twin_lock = self._key_lock == "twin"
+        if twin_lock and not isinstance(c_crossattn, TwinEncoding):
+            context = c_crossattn
+            edit.stand_by(moment)
+        elif c_crossattn is None:
+            raise ValueError("the model is sampled with concepts but without a prompt")
+        else:
+            encodings, twin = (
+                comfy.model_management.cast_to_device(each, x.device, model.get_dtype_inference())
+                for each in untwined(c_crossattn)
+            )
+            if twin_lock:
+                context = twin = followed(twin)
+            else:
+                context = encodings = followed(encodings)
+            hooked = getattr(model.current_patcher, "current_hooks", None) is not None
+            edit.begin(encodings, twin, moment, hooked)
         try:
-            return original(x, t, c_concat, encodings, control, options, **kwargs)
+            with told_apart():
+                return original(x, t, c_concat, context, control, options, **kwargs)
         finally:
             edit.forget()
 
@@ -232,7 +255,7 @@ class ConceptInjection:
         conds = getattr(executor.class_obj, "conds", None) or {}
         conditionings = [each for entries in conds.values() if entries for each in entries]
         give_superclass_encodings(conditionings)
-        hints = prompt_hints(self.concepts, conditionings, self._global_lock)
+        hints = prompt_hints(self.concepts, conditionings, self._key_lock)
         if hints:
             warn("\n".join(hints))
         self._acted = set() if self._agenda.scheduled else set(range(len(self.concepts)))

@@ -29,6 +29,10 @@ class SharedInputs:
         self.inputs: Tensor | None = None
         self.gates: Tensor | None = None
 
+    def passes(self, encodings: Tensor) -> bool:
+        """Whether these encodings are projected as if there were no concepts."""
+        return not self.acting
+
     def of(self, encodings: Tensor) -> tuple[Tensor, Tensor]:
         """x' (B, N, D) and gates (B, N, k) of encodings (B, N, D), both in their dtype."""
         if self._at_hand(encodings) and self.inputs is not None and self.gates is not None:
@@ -68,7 +72,7 @@ class SharedInputs:
         moved = self._agenda.gates(self.acting, progress)
         self.basis = basis if moved is None else basis.with_gates(*moved)
         inputs, gates = gated_inputs(encodings, self.basis)
-        self.encodings, self.version, self.keys = encodings, _version(encodings), keys
+        self.encodings, self.version, self.keys = encodings, encodings_version(encodings), keys
         self.inputs, self.gates = inputs, gates.to(encodings.dtype)
 
     def forget(self) -> None:
@@ -79,7 +83,7 @@ class SharedInputs:
         if self.encodings is not encodings:
             return False
         # A compiler follows writes by itself, and would stop at the question.
-        return torch.compiler.is_compiling() or _version(encodings) == self.version
+        return torch.compiler.is_compiling() or encodings_version(encodings) == self.version
 
     def _basis_on(self, device: torch.device) -> Basis:
         found = self._bases.get(self.acting)
@@ -97,5 +101,6 @@ def followed(encodings: Tensor) -> Tensor:
         return encodings.clone()
 
 
-def _version(encodings: Tensor) -> int | None:
+def encodings_version(encodings: Tensor) -> int | None:
+    """How often encodings were written to, None where that is not counted."""
     return None if encodings.is_inference() else encodings._version

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ...perfusion.text.words import word_pattern
 from ..models.families import embedding_width, encoder_models
+from .twin_vectors import served_rows, superclass_words
 
 logger = logging.getLogger("perfusion")
 
@@ -56,12 +57,15 @@ def embedding_file(clip: Any, word: str) -> Path | None:
     return None
 
 
-def with_placeholders(clip: Any, concepts: Sequence[Concept]) -> Any:
+def with_placeholders(clip: Any, concepts: Sequence[Concept], twin_lock: bool = False) -> Any:
     """A clone of a ComfyUI CLIP whose prompts know the concepts' placeholders.
+
+    Under twin lock a placeholder stands for as many tokens as its superclass has (`twin_vectors`).
 
     Raises:
         PlaceholderError: for a placeholder that is taken.
-        ValueError: for a vector missing for a text encoder or of the wrong width.
+        ValueError: for a vector missing for a text encoder or of the wrong width, and under twin
+            lock for a superclass of too many sub-words.
     """
     encoders = encoder_models(clip)
     for concept in concepts:
@@ -81,7 +85,10 @@ def with_placeholders(clip: Any, concepts: Sequence[Concept]) -> Any:
                 concept.placeholder,
             )
     for concept in concepts:
-        clip = serve_vectors(clip, concept.placeholder, concept.embeddings)
+        vectors = concept.embeddings
+        if twin_lock:
+            vectors = served_rows(superclass_words(clip, concept.superclass), vectors)
+        clip = serve_vectors(clip, concept.placeholder, vectors)
     return clip if concepts else clip.clone()
 
 

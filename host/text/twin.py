@@ -1,8 +1,8 @@
 """Two encodings of one prompt that go through a graph as one tensor.
 
-Every prompt with a placeholder is encoded twice. The second encoding, the *twin*, has the
-concepts' superclass words in place of their learned vectors, at the same positions: global key
-lock makes the keys of it, and ControlNets read it. It travels inside the first as a
+Every prompt with a placeholder is encoded twice: with the concepts' vectors, and with their
+superclass words at the same positions, its *twin*. Which comes first depends on the key lock: under
+twin lock it is the twin, otherwise the prompt itself. The other one travels inside the first as a
 `TwinEncoding`, a tensor that carries another: whatever a graph does to a conditioning token by
 token (concatenate, average, scale, cut, move, batch) it does to both, so every stock conditioning
 node keeps them together. Anything else sees the first encoding only.
@@ -11,6 +11,8 @@ node keeps them together. Anything else sees the first encoding only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -37,15 +39,17 @@ _LINEAR = "linear"
 
 
 class TwinEncoding(Tensor):
-    """Encodings (B, N, D) that carry the encodings (B, N, D) of the superclass words.
+    """Encodings (B, N, D) that carry the other encodings (B, N, D) of the same prompt.
 
     Attributes:
-        twin: the second encodings.
+        other: what is carried.
         placeholders: the words the two differ in.
+        twin_first: whether these encodings are those of the superclass words.
     """
 
-    twin: Tensor
+    other: Tensor
     placeholders: frozenset[str]
+    twin_first: bool
 
     @classmethod
     def __torch_function__(
@@ -55,32 +59,67 @@ class TwinEncoding(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run a function on the first encodings and, where it goes token by token, on the twins."""
+        """Run a function on the first encodings and, where it goes token by token, on the others.
+
+        Where encodings of both orders meet, the twins come first.
+        """
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if torch.compiler.is_compiling():
                 # Inside of a model without concepts, which sees the first encodings only.
                 return func(*args, **kwargs)
-            found = func(*_each(args, _first), **_each(kwargs, _first))
+            pairs = list(_pairs((args, kwargs)))
+            twin_first = any(pair.twin_first for pair in pairs)
+
+            def first(value: Tensor) -> Tensor:
+                return _twin(value) if twin_first else _prompt(value)
+
+            def second(value: Tensor) -> Tensor:
+                return _prompt(value) if twin_first else _twin(value)
+
+            found = func(*_each(args, first), **_each(kwargs, first))
             name = getattr(func, "__name__", "")
             if name not in _TOKENWISE or _writes_into_a_plain_tensor(name, args, kwargs):
-                if name == _LINEAR:
-                    _met_a_plain_layer(args)
+                if name == _LINEAR and not _told_apart.get():
+                    _met_a_plain_layer(pairs)
                 return found
-            words = frozenset().union(*(each.placeholders for each in _pairs((args, kwargs))))
-            return _joined(found, func(*_each(args, _second), **_each(kwargs, _second)), words)
+            others = func(*_each(args, second), **_each(kwargs, second))
+            words = frozenset().union(*(pair.placeholders for pair in pairs))
+            return _joined(found, others, words, twin_first)
 
 
 def with_twin(encodings: Tensor, twin: Tensor, placeholders: frozenset[str]) -> Tensor:
-    """Encodings that carry their twin of the same shape, and the words the two differ in."""
+    """A prompt's encodings that carry their twin of the same shape; the words they differ in."""
     with torch._C.DisableTorchFunctionSubclass():
-        return _joined(encodings, twin, placeholders)
+        return _joined(encodings, twin, placeholders, twin_first=False)
+
+
+def within_twin(twin: Tensor, encodings: Tensor, placeholders: frozenset[str]) -> Tensor:
+    """The same pair the other way round: the twin, which carries the prompt's encodings."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return _joined(twin, encodings, placeholders, twin_first=True)
 
 
 def untwined(encodings: Tensor) -> tuple[Tensor, Tensor]:
-    """The encodings and their twin as ordinary tensors; twice the same where there is none."""
+    """A prompt's encodings and their twin, in this order, as ordinary tensors.
+
+    Twice the same where there is no placeholder.
+    """
     with torch._C.DisableTorchFunctionSubclass():
-        return _first(encodings), _second(encodings)
+        return _prompt(encodings), _twin(encodings)
+
+
+@contextmanager
+def told_apart() -> Iterator[None]:
+    """While a model with concepts runs: a plain layer that meets a pair is no mistake."""
+    token = _told_apart.set(True)
+    try:
+        yield
+    finally:
+        _told_apart.reset(token)
+
+
+_told_apart: ContextVar[bool] = ContextVar("perfusion_told_apart", default=False)
 
 
 def placeholders_in(encodings: Any) -> frozenset[str]:
@@ -88,9 +127,9 @@ def placeholders_in(encodings: Any) -> frozenset[str]:
     return encodings.placeholders if isinstance(encodings, TwinEncoding) else frozenset()
 
 
-def _met_a_plain_layer(args: Sequence[Any]) -> None:
+def _met_a_plain_layer(pairs: Sequence[TwinEncoding]) -> None:
     # Models with concepts take the two apart before their layers see them.
-    for pair in _pairs(args):
+    for pair in pairs:
         words = ", ".join(sorted(pair.placeholders))
         warn(
             f"a prompt speaks of {words}, but the model that reads it does not carry that "
@@ -107,12 +146,16 @@ def _writes_into_a_plain_tensor(name: str, args: Sequence[Any], kwargs: Mapping[
     return target is not None and not isinstance(target, TwinEncoding)
 
 
-def _first(value: Any) -> Any:
-    return value.as_subclass(Tensor) if isinstance(value, TwinEncoding) else value
+def _prompt(value: Any) -> Any:
+    if not isinstance(value, TwinEncoding):
+        return value
+    return value.other if value.twin_first else value.as_subclass(Tensor)
 
 
-def _second(value: Any) -> Any:
-    return value.twin if isinstance(value, TwinEncoding) else value
+def _twin(value: Any) -> Any:
+    if not isinstance(value, TwinEncoding):
+        return value
+    return value.as_subclass(Tensor) if value.twin_first else value.other
 
 
 def _pairs(values: Any) -> Iterator[TwinEncoding]:
@@ -136,12 +179,13 @@ def _each(values: Any, change: Callable[[Any], Any]) -> Any:
     return values
 
 
-def _joined(found: Any, twin: Any, placeholders: frozenset[str]) -> Any:
+def _joined(found: Any, others: Any, placeholders: frozenset[str], twin_first: bool) -> Any:
     if isinstance(found, Tensor):
         joined = found.as_subclass(TwinEncoding)
-        joined.twin, joined.placeholders = twin, placeholders
+        joined.other, joined.placeholders = others, placeholders
+        joined.twin_first = twin_first
         return joined
     if isinstance(found, (list, tuple)):
-        each = (_joined(*pair, placeholders) for pair in zip(found, twin, strict=True))
-        return type(found)(each)
+        pairs = zip(found, others, strict=True)
+        return type(found)(_joined(*pair, placeholders, twin_first) for pair in pairs)
     return found

@@ -21,7 +21,8 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ..models.families import encoder_models
 from .text_encoders import word_tokens
-from .twin import with_twin
+from .twin import with_twin, within_twin
+from .twin_vectors import served_rows, superclass_words
 
 KEY = "perfusion_twins"
 ENCODE = "encode_token_weights"
@@ -45,12 +46,16 @@ class Spoken:
 
 @dataclass(frozen=True, eq=False)
 class _Lock:
-    """One placeholder: its vectors and the superclass's tokens, by text encoder."""
+    """One placeholder: its rows (n, dim) and the superclass's tokens, by text encoder.
+
+    `twin`: it was applied with twin lock, and has a row for every token of the superclass.
+    """
 
     placeholder: str
     strength: float
-    vectors: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
     superclass: Mapping[str, Sequence[int]]
+    twin: bool = False
 
 
 class TwinEncoder:
@@ -68,52 +73,78 @@ class TwinEncoder:
         self._model = model
 
     def __call__(self, tokens: Mapping[str, Any]) -> Any:
-        """What the text model gives, the encodings with their twin where a placeholder stands."""
-        found = self.below(tokens)
+        """What the text model gives, in pairs where a placeholder stands."""
         if not self.locks:
-            return found
-        present = frozenset(lock.placeholder for lock in self.locks if self._stands(lock, tokens))
-        spoken = Spoken(frozenset(lock.placeholder for lock in self.locks), present)
+            return self.below(tokens)
+        present = [lock for lock in self.locks if self._stands(lock, tokens)]
+        if any(lock.twin for lock in present):
+            found = self._read_as_superclass(tokens, present)
+        else:
+            found = self._read_as_written(tokens, present)
+        known, words = (
+            frozenset(lock.placeholder for lock in each) for each in (self.locks, present)
+        )
         more = found[2] if len(found) > 2 else {}
-        encodings = self._twined(tokens, found[0], present)
-        return (encodings, found[1], {**more, SPOKEN: spoken})
+        return (found[0], found[1], {**more, SPOKEN: Spoken(known, words)})
 
-    def _twined(self, tokens: Mapping[str, Any], encodings: Tensor, present: frozenset[str]) -> Any:
-        chosen = [lock for lock in self.locks if lock.placeholder in present and lock.strength != 0]
+    def _read_as_superclass(self, tokens: Mapping[str, Any], present: Sequence[_Lock]) -> Any:
+        """Twin lock: all that the text model gives of the twin, which carries the prompt's."""
+        found = self.below(self._with_superclass(tokens, present))
+        silent = [lock for lock in present if lock.strength == 0]
+        if len(silent) == len(present):
+            return found
+        encodings = self.below(self._with_superclass(tokens, silent))[0]
+        words = frozenset(lock.placeholder for lock in present if lock not in silent)
+        return (within_twin(found[0], encodings, words), *found[1:])
+
+    def _read_as_written(self, tokens: Mapping[str, Any], present: Sequence[_Lock]) -> Any:
+        """Local and global lock: all that the text model gives of the prompt, with its twin."""
+        found = self.below(tokens)
+        chosen = [lock for lock in present if lock.strength != 0]
         if not chosen:
-            return encodings
-        keys = before = encodings
+            return found
+        keys = before = encodings = found[0]
         # Strengths blend as h' = (1 - w) W e + w h; one after the other where they differ.
         for strength in sorted({lock.strength for lock in chosen}, reverse=True):
             locks = [lock for lock in chosen if lock.strength >= strength]
-            after = self.below({name: self._replaced(name, tokens[name], locks) for name in tokens})
+            after = self.below(self._with_superclass(tokens, locks))
             unblended = strength == 1 and keys is encodings
             keys = after[0] if unblended else keys + strength * (after[0] - before)
             before = after[0]
-        return with_twin(encodings, keys, frozenset(lock.placeholder for lock in chosen))
+        words = frozenset(lock.placeholder for lock in chosen)
+        return (with_twin(encodings, keys, words), *found[1:])
 
     def _stands(self, lock: _Lock, tokens: Mapping[str, Any]) -> bool:
         return any(
-            _is_of(entry[0], lock, name)
+            _is_row(entry[0], lock.rows[name][-1])
             for name, sections in tokens.items()
+            if name in lock.rows
             for section in sections
             for entry in section
         )
 
-    def _replaced(self, name: str, sections: Any, locks: Sequence[_Lock]) -> Any:
-        """Sections with the superclass in place of placeholders."""
-        return [
-            [(self._superclass(name, entry[0], locks), *entry[1:]) for entry in section]
-            for section in sections
-        ]
+    def _with_superclass(self, tokens: Mapping[str, Any], locks: Sequence[_Lock]) -> Any:
+        """Tokens with the superclass in place of these placeholders."""
+        if not locks:
+            return tokens
+        return {
+            name: [
+                [(self._superclass(name, entry[0], locks), *entry[1:]) for entry in section]
+                for section in sections
+            ]
+            for name, sections in tokens.items()
+        }
 
     def _superclass(self, name: str, token: Any, locks: Sequence[_Lock]) -> Any:
         for lock in locks:
-            if _is_of(token, lock, name):
-                words = lock.superclass[name]
-                # The placeholder is one token, so several sub-words become their mean, which is
-                # also what training starts from.
-                return words[0] if len(words) == 1 else self._mean(name, words)
+            words = lock.superclass.get(name, ())
+            for at, row in enumerate(lock.rows.get(name, ())):
+                if not _is_row(token, row):
+                    continue
+                # A placeholder that is one token stands for the mean of several sub-words, which
+                # is also what training starts from.
+                one_by_one = len(words) == len(lock.rows[name])
+                return words[at] if one_by_one else self._mean(name, words)
         return token
 
     def _mean(self, name: str, words: Sequence[int]) -> Tensor:
@@ -158,26 +189,24 @@ class _Injection:
                 vars(model)[ENCODE] = former
 
 
-def with_twins(clip: CLIP, concepts: Sequence[Concept]) -> CLIP:
+def with_twins(clip: CLIP, concepts: Sequence[Concept], twin_lock: bool = False) -> CLIP:
     """A clone of a CLIP that also encodes what its prompts are with the superclass words.
 
-    `clip` must serve the concepts' placeholders; concepts of strength 0 keep their own vector.
+    `clip` must serve the concepts' placeholders. Concepts of strength 0 keep their own vector, but
+    under twin lock read as their superclass.
+
+    Raises:
+        ValueError: for a CLIP that serves concepts with twin lock and others.
     """
     clone = clip.clone()
     locks: tuple[_Lock, ...] = clip.patcher.get_attachment(KEY) or ()
-    encoders = encoder_models(clip)
-    locks += tuple(
-        _Lock(
-            concept.placeholder,
-            concept.gate.strength,
-            {name: concept.embeddings[name].detach().float() for name in encoders},
-            {
-                name: word_tokens(getattr(clip.tokenizer, f"clip_{name}"), concept.superclass)
-                for name in encoders
-            },
+    if concepts and any(lock.twin != twin_lock for lock in locks):
+        served, found = ("another", "twin") if twin_lock else ("twin", "another")
+        raise ValueError(
+            f"the text encoder serves concepts with {served} key lock; expected the same for those "
+            f"applied after them, found {found}; choose one for all Apply Concepts in a row"
         )
-        for concept in concepts
-    )
+    locks += tuple(_lock_of(clip, concept, twin_lock) for concept in concepts)
     if locks:
         injection = _Injection(locks, weakref.ref(clip.cond_stage_model))
         clone.patcher.set_attachments(KEY, locks)
@@ -185,8 +214,21 @@ def with_twins(clip: CLIP, concepts: Sequence[Concept]) -> CLIP:
     return clone
 
 
-def _is_of(token: Any, lock: _Lock, name: str) -> bool:
-    vector = lock.vectors.get(name)
-    return (
-        isinstance(token, Tensor) and vector is not None and torch.equal(token.to(vector), vector)
-    )
+def _lock_of(clip: CLIP, concept: Concept, twin_lock: bool) -> _Lock:
+    word, strength = concept.placeholder, concept.gate.strength
+    if twin_lock:
+        words = superclass_words(clip, concept.superclass)
+        rows = served_rows(words, concept.embeddings)
+        superclass = {name: each.tokens for name, each in words.items()}
+        return _Lock(word, strength, rows, superclass, twin=True)
+    names = encoder_models(clip)
+    rows = {name: concept.embeddings[name].detach().float()[None] for name in names}
+    superclass = {
+        name: word_tokens(getattr(clip.tokenizer, f"clip_{name}"), concept.superclass)
+        for name in names
+    }
+    return _Lock(word, strength, rows, superclass)
+
+
+def _is_row(token: Any, row: Tensor) -> bool:
+    return isinstance(token, Tensor) and torch.equal(token.to(row), row)

@@ -75,8 +75,11 @@ def estimate_memory(
     latent: tuple[int, int],
     dtype: torch.dtype,
     checkpointing: bool,
+    text_learns: bool = True,
 ) -> MemoryEstimate:
     """Estimate for `rows` latents (height, width) computed together in a dtype.
+
+    Without `text_learns` the text encoders keep nothing for a backward pass.
 
     The activations are counted by running the UNet's own structure without contents; the text
     encoders' are calculated from their sizes. What cannot be known is left to a margin of 10 % and
@@ -101,7 +104,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=weights,
         text=comfy.model_management.module_size(clip.cond_stage_model)
-        + int(_kept_by_text(clip, rows, checkpointing) * _MARGIN),
+        + (int(_kept_by_text(clip, rows, checkpointing) * _MARGIN) if text_learns else 0),
         activations=int(activations * _MARGIN) + _WORKSPACE,
         encoding=int(vae.memory_used_encode(pixels, vae.vae_dtype)) + vae.patcher.model_size(),
         free=free_memory(model.load_device),

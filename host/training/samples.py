@@ -22,6 +22,7 @@ from ...perfusion.concept.concept import Concept
 from ..injection.apply import apply_concepts
 from ..injection.injection import KEY
 from ..pictures.thumbnails import UNREADABLE
+from .private_copy import unload
 
 # A strip has at most this many steps in it: the first, the last, and some between.
 MOST_COLUMNS = 12
@@ -57,11 +58,13 @@ class Painter:
         clip: CLIP,
         settings: SampleSettings,
         concept: Concept | None,
+        text_stays: bool = True,
     ) -> Tensor:
         """A picture for each prompt, uint8 (n, H, W, 3), with the concept or with none.
 
         Each is what Apply Concepts, CLIPTextEncode, KSampler and VAE Decode make of it, one at a
-        time. Leaves weights, gradients and the edit under training as they are.
+        time. Leaves weights, gradients and the edit under training as they are; the text encoders
+        are unloaded again unless ``text_stays``.
         """
         was_training = comfy.model_management.in_training
         comfy.model_management.in_training = False
@@ -69,15 +72,20 @@ class Painter:
             with torch.no_grad():
                 plain = model.clone()
                 # Concepts on the user's model take no part in training.
-                plain.remove_attachments(KEY)
+                for key in [key for key in plain.attachments if key.startswith(KEY)]:
+                    plain.remove_attachments(key)
                 concepts = [] if concept is None else [concept]
-                edited, words = apply_concepts(plain, clip, concepts)
+                twin = concept is not None and concept.key_lock == "twin"
+                edited, words = apply_concepts(plain, clip, concepts, "twin" if twin else "local")
                 latents = [_sampled(edited, words, prompt, settings) for prompt in settings.prompts]
                 return torch.cat([self._decoded(latent) for latent in latents])
         finally:
             comfy.model_management.in_training = was_training
+            needed = [clip.patcher, model] if text_stays else [model]
+            if not text_stays:
+                unload(clip.patcher)
             # Sampling and decoding may have pushed them out.
-            comfy.model_management.load_models_gpu([clip.patcher, model], force_full_load=True)
+            comfy.model_management.load_models_gpu(needed, force_full_load=True)
 
     def _decoded(self, latent: Tensor) -> Tensor:
         """Pixels uint8 (1, H, W, 3)."""

@@ -182,7 +182,8 @@ class Session:
 
     def _draw(self, prompts: tuple[str, ...], concept: Concept | None) -> Tensor:
         settings = replace(self.settings, prompts=prompts)
-        return self.painter.draw(self.view.patcher, self.view.clip, settings, concept)
+        view, stays = self.view, not self.view.text.released
+        return self.painter.draw(view.patcher, view.clip, settings, concept, stays)
 
 
 def _sample_name(step: int) -> str:

@@ -185,6 +185,7 @@ def _prepared(
         latent=max(grids, key=lambda grid: grid[0] * grid[1]),
         dtype=training_dtype(models.model, options.precision),
         checkpointing=options.gradient_checkpointing,
+        text_learns=config.mode != "twin_lock",
     )
     return _Task(config, options, pictures, covariance, memory)
 

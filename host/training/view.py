@@ -13,16 +13,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
-from ...perfusion.gated.rank_one import GatedProjections, Part
-from ...perfusion.training.denoiser import Batch, Conditioning
+from ...perfusion.gated.rank_one import Part
+from ...perfusion.training.denoiser import Batch, Conditioning, Projections
 from ..injection.dispatch import Projection, install
 from ..models.conditions import extra_conditions
 from ..models.digests import weights_digest
 from ..models.families import check_clip, cross_attentions, family_of
 from ..models.native_loss import loss_weight, schedule
 from ..pictures.training_images import TrainingImages
-from ..text.placeholders import PlaceholderError, is_existing_word, serve_vectors
-from ..text.text_encoders import TextEncoders, Tokens
+from ..text.placeholders import PlaceholderError, is_existing_word
 from .checkpointing import checkpoint_blocks
 from .private_copy import (
     Precision,
@@ -34,6 +33,7 @@ from .private_copy import (
     unload,
 )
 from .repeatable import repeatable
+from .view_text import TrainingText
 
 _OWNER = 0
 
@@ -102,20 +102,12 @@ class TrainingView:
         self._model = model.model
         self._device = model.load_device
         self._dtype = self._model.get_dtype_inference()
-        self._superclass = superclass
-        self._placeholder = placeholder
         self._current = _Current()
         self._projections: dict[tuple[str, Part], Any] = {}
         self.layers: Mapping[str, int] = self._take_projections()
         self.family: str = family_of(self._model).name
-        self._text = TextEncoders(clip)
-        self.encoder_hash: str = self._text.digest()
-        self._own_words = {
-            name: self._text.word_tokens(name, superclass) for name in self._text.family.encoders
-        }
-        marker = {name: torch.zeros(width) for name, width in self._text.family.encoders.items()}
-        self._marked = TextEncoders(serve_vectors(clip, placeholder, marker))
-        self._sections: dict[str, dict[str, Tokens]] = {}
+        self.text = TrainingText(clip, superclass, placeholder, self._device, self._dtype)
+        self.encoder_hash: str = self.text.encoder_hash
         self.data_hash: str = weights_digest(model, f"{pictures.digest} {self._dtype}")
         self._sizes = pictures.sizes
         self._latents = [
@@ -149,58 +141,44 @@ class TrainingView:
         """Compute blocks of the model and of the text encoders again in the backward pass."""
         # The backward pass comes after `errors`, so the second run brings its edit along.
         checkpoint_blocks(self._model.diffusion_model, self._current.again)
-        checkpoint_blocks(self._text.clip.cond_stage_model)
+        self.text.checkpoint()
 
     def initial_embeddings(self) -> dict[str, Tensor]:
         """Text encoder -> token vector (dim,) of the superclass, the mean over its sub-words."""
-        return {
-            name: self._text.token_vectors(name, tokens).mean(0)
-            for name, tokens in self._own_words.items()
-        }
+        return self.text.initial_embeddings()
 
     def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Conditioning:
         """Encode prompts that each contain the placeholder, with these token vectors."""
-        batch, masks = [], []
-        for prompt in prompts:
-            section = self._section(self._marked, prompt)
-            batch.append(
-                {
-                    name: [embeddings[name] if isinstance(t, Tensor) else t for t in tokens]
-                    for name, tokens in section.items()
-                }
-            )
-            masks.append([isinstance(token, Tensor) for token in next(iter(section.values()))])
-            if not any(masks[-1]):
-                raise ValueError(
-                    f"the placeholder {self._placeholder!r} is missing from the prompt {prompt!r}; "
-                    "every training prompt must contain it"
-                )
-        return self._encode(batch, torch.tensor(masks))
+        return self.text.encode(prompts, embeddings)
 
     def encode_superclass(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts that each contain the superclass, the mask on all its sub-words."""
-        batch, masks = [], []
-        for prompt in prompts:
-            section = self._section(self._text, prompt)
-            name, tokens = next(iter(section.items()))
-            word = self._own_words[name]
-            starts = [at for at in range(len(tokens)) if tokens[at : at + len(word)] == word]
-            if not starts:
-                raise ValueError(
-                    f"the superclass {self._superclass!r} is missing from the prompt {prompt!r}; "
-                    "every training prompt must contain it"
-                )
-            positions = range(starts[0], starts[0] + len(word))
-            masks.append([at in positions for at in range(len(tokens))])
-            batch.append(section)
-        return self._encode(batch, torch.tensor(masks))
+        return self.text.encode_superclass(prompts)
+
+    def twin_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
+        return self.text.twin_embeddings()
+
+    def encode_twins(
+        self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]
+    ) -> tuple[Conditioning, Conditioning]:
+        """Encode prompts as they stand and their twins, the masks on the concept's own token."""
+        return self.text.encode_twins(prompts, embeddings)
+
+    def release_text(self) -> None:
+        """Unload the text encoders."""
+        self.text.release()
+
+    def token_rms(self, encoder: str) -> float:
+        """The root mean square of a text encoder's token table."""
+        return self.text.token_rms(encoder)
 
     def project(self, layer: str, part: Part, encodings: Tensor) -> Tensor:
         """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward."""
         original: Projection = self._projections[layer, part].original
         return original(encodings.to(self._device, self._dtype))
 
-    def errors(self, batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
+    def errors(self, batch: Batch, encoded: Conditioning, edit: Projections | None) -> Tensor:
         """Squared error (B, C, h, w) of the prediction of x0, times the native loss weight."""
         sampling = self._model.model_sampling
         clean = _chosen(self._latents, batch)
@@ -233,26 +211,15 @@ class TrainingView:
                 self._projections[layer.name, part] = dispatcher
         return layers
 
-    def _section(self, text: TextEncoders, prompt: str) -> dict[str, Tokens]:
-        if prompt not in self._sections:
-            self._sections[prompt] = text.section(prompt)
-        return self._sections[prompt]
-
-    def _encode(self, batch: list[dict[str, Tokens]], mask: Tensor) -> Conditioning:
-        found = self._text.encode(batch)
-        # What the projections will read at inference is what the gate must be trained on.
-        encodings = found.encodings.to(self._device, self._dtype)
-        return Conditioning(encodings, mask[:, : encodings.shape[1]], found.pooled)
-
 
 class _Current:
     """The edit in force while the model runs."""
 
     def __init__(self) -> None:
-        self.edit: GatedProjections | None = None
+        self.edit: Projections | None = None
 
     @contextlib.contextmanager
-    def holding(self, edit: GatedProjections | None) -> Iterator[None]:
+    def holding(self, edit: Projections | None) -> Iterator[None]:
         """Put an edit in force for a while."""
         before, self.edit = self.edit, edit
         try:

@@ -77,7 +77,12 @@ class Covariance:
         return self.matrix + self.ridge * mean_eigenvalue * identity
 
     @cached_property
-    def _factor(self) -> Tensor:
+    def factor(self) -> Tensor:
+        """L (D, D), lower triangular: ``L L^T`` is the matrix with its ridge, which is solved.
+
+        Raises:
+            ValueError: for a matrix that is not positive definite.
+        """
         factor, failed = torch.linalg.cholesky_ex(self._regularised)
         if int(failed):
             raise ValueError(
@@ -104,7 +109,7 @@ class Covariance:
                 f"{tuple(i.shape)}; measure the covariance with the model's own text encoder"
             )
         column = rearrange(i.detach().to("cpu", torch.float64), "d -> d 1")
-        return rearrange(torch.cholesky_solve(column, self._factor), "d 1 -> d")
+        return rearrange(torch.cholesky_solve(column, self.factor), "d 1 -> d")
 
 
 class CovarianceAccumulator:

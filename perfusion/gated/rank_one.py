@@ -310,5 +310,5 @@ def _refuse_parallel(gram: Tensor, names: Sequence[str]) -> None:
         f"the concepts {named} are (nearly) parallel: expected text encodings the "
         f"model can tell apart, found a Gram eigenvalue of {float(values.abs().min()):.2g} "
         f"(at least {PARALLEL_LIMIT:g} is needed); leave one out, or train one of them again "
-        "from another superclass"
+        "from another superclass, with twin lock under another placeholder"
     )

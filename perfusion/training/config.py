@@ -11,8 +11,12 @@ from ..text.prompts import TEMPLATES, check_places, check_templates
 from ..text.words import check_phrase, check_word
 from .losses import Normalisation
 
-Mode = Literal["perfusion", "textual_inversion", "trained_keys"]
+Mode = Literal["twin_lock", "perfusion", "textual_inversion", "trained_keys"]
 RateSchedule = Literal["constant", "cosine"]
+RateUnit = Literal["relative", "absolute"]
+
+DEFAULT_MODE: Mode = "perfusion"
+"""What is trained where nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class TrainingSettings:
         background: the least weight a masked pixel keeps, 0 to 1.
         normalisation: what a masked loss is divided by (`losses.image_losses`).
         schedule: the learning rates over the steps.
+        rate_unit: "relative" counts learning rates in the size of what is learned (`rates`);
+            "absolute" takes them as they are, as the paper does (with 0.03 and 0.006).
         templates: sentences to train with, each with one ``{}``.
         rows_at_once: the most rows computed together, 0 for all. This and the next two do not
             change what is learned, but for rounding.
@@ -42,6 +48,7 @@ class TrainingSettings:
     background: float = 0.0
     normalisation: Normalisation = "subject"
     schedule: RateSchedule = "constant"
+    rate_unit: RateUnit = "relative"
     templates: tuple[str, ...] = TEMPLATES
     rows_at_once: int = 0
     checkpoint_every: int = 0
@@ -56,7 +63,7 @@ class TrainingSettings:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, found {getattr(self, name)}")
         self.gate  # noqa: B018 - its own checks
-        check_choices(self, schedule=RateSchedule, normalisation=Normalisation)
+        check_choices(self, schedule=RateSchedule, normalisation=Normalisation, rate_unit=RateUnit)
 
     @property
     def gate(self) -> Gate:
@@ -74,10 +81,11 @@ class TrainingConfig(TrainingSettings):
         steps: how many.
         batch_size: B, rows in a step.
         learning_rate: of the outputs.
-        embedding_learning_rate: of the token vectors.
+        embedding_learning_rate: of the token vectors, where they are learned.
         seed: decides all that is random, 0 to 2^64 - 1.
-        mode: "perfusion", "trained_keys" (the paper's ablation) or "textual_inversion" (token
-            vectors only, no edit; its concept has strength 0).
+        mode: "twin_lock" (values only; the prompt reads as its superclass), "perfusion" (the
+            paper's, with the local key lock), "trained_keys" (the paper's ablation) or
+            "textual_inversion" (token vectors only, no edit; its concept has strength 0).
         captions: one for each image, each with a ``{}``; they take the place of the templates.
 
     Raises:
@@ -88,10 +96,10 @@ class TrainingConfig(TrainingSettings):
     superclass: str
     steps: int = 400
     batch_size: int = 16
-    learning_rate: float = 0.03
-    embedding_learning_rate: float = 0.006
+    learning_rate: float = 0.25
+    embedding_learning_rate: float = 0.09
     seed: int = 0
-    mode: Mode = "perfusion"
+    mode: Mode = DEFAULT_MODE
     captions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -115,6 +123,11 @@ class TrainingConfig(TrainingSettings):
             raise ValueError(f"seed: expected 0 to 2^64 - 1, found {self.seed}")
         check_choices(self, mode=Mode)
 
+    @property
+    def edits(self) -> bool:
+        """Whether projections are edited, not the placeholder's vector alone learned."""
+        return self.mode != "textual_inversion"
+
     def with_settings(self, settings: TrainingSettings) -> TrainingConfig:
         """The same run with other settings; those of a class derived from them do, too."""
         names = [field.name for field in fields(TrainingSettings)]
@@ -123,10 +136,11 @@ class TrainingConfig(TrainingSettings):
     def settings(self) -> dict[str, object]:
         """What a concept file records of the run (the words and the gate have their own keys).
 
-        The last three only where they differ from the defaults: a file of 32 kB has no room for
+        The last ones only where they differ from what is usual: a file of 32 kB has no room for
         more.
         """
-        kept = [name for name in _SELDOM if getattr(self, name) != getattr(TrainingConfig, name)]
+        usual = {name: getattr(TrainingConfig, name) for name in _SELDOM} | _UNSAID
+        kept = [name for name, value in usual.items() if getattr(self, name) != value]
         return {name: getattr(self, name) for name in (*_RECORDED, *kept)}
 
     def fingerprint(self) -> dict[str, object]:
@@ -136,6 +150,7 @@ class TrainingConfig(TrainingSettings):
         longer.
         """
         left_out = {*CADENCE} if self.schedule == "cosine" else {*CADENCE, "steps"}
+        left_out |= {name for name, value in _UNSAID.items() if getattr(self, name) == value}
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
@@ -153,3 +168,5 @@ _RECORDED = (
     *("seed", "mode", "schedule"),
 )
 _SELDOM = ("templates", "captions", "normalisation")
+# What a run did that says nothing of it: one of before there was a choice.
+_UNSAID = {"rate_unit": "absolute"}

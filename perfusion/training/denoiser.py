@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ..gated.rank_one import GatedProjections, Part
+from ..gated.twin_lock import TwinProjections
+
+Projections = GatedProjections | TwinProjections
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +145,38 @@ class Denoiser(Protocol):
         """
         ...
 
+    def twin_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
+        ...
+
+    def encode_twins(
+        self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]
+    ) -> tuple[Conditioning, Conditioning]:
+        """Encode prompts that each contain the placeholder once, twice each.
+
+        Returns:
+            The prompts with the superclass's last sub-word replaced by these vectors, and their
+            twins with the superclass as it is; token for token of one length, both masks on that
+            one token of every prompt.
+
+        Raises:
+            ValueError: naming a prompt without the placeholder.
+        """
+        ...
+
+    def release_text(self) -> None:
+        """Make room: no text will be encoded for training any more."""
+        ...
+
+    def token_rms(self, encoder: str) -> float:
+        """The root mean square of a text encoder's token table."""
+        ...
+
     def project(self, layer: str, part: Part, encodings: Tensor) -> Tensor:
         """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward."""
         ...
 
-    def errors(self, batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
+    def errors(self, batch: Batch, encoded: Conditioning, edit: Projections | None) -> Tensor:
         """Squared error (B, C, h, w) of the model's prediction, times its native loss weight.
 
         Noises the images of ``batch``, all of one shape, and predicts with ``encoded`` as the

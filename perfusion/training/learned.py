@@ -29,12 +29,13 @@ def learned_concept(learner: Learner, tensors: Mapping[str, Tensor], steps: int)
         embeddings=learned("embedding"),
         i=i.float(),
         u=learner.covariance.dual(i).float(),
-        superclass_encoding=learner.superclass_encoding.cpu(),
+        superclass_encoding=learner.lock.superclass_encoding.cpu(),
         o_v=learned("v"),
         o_k=learned("k") if config.mode == "trained_keys" else None,
         # Textual inversion is the placeholder's vector alone: an edit of strength 0.
-        gate=Gate(strength=1.0 if learner.edits else 0.0),
+        gate=Gate(strength=1.0 if config.edits else 0.0),
         train_gate=config.gate,
+        twin_locked=config.mode == "twin_lock",
         metadata={
             "covariance_hash": learner.covariance.digest,
             "encoder_hash": denoiser.encoder_hash,

@@ -8,44 +8,33 @@ import torch
 from torch import Tensor
 
 from ..gated.covariance import Covariance
-from ..gated.key_lock import locked_outputs
-from ..gated.rank_one import Basis, Direction, GatedProjections, combine, gated_inputs
-from ..text.prompts import fill
 from .config import TrainingConfig
-from .denoiser import Batch, Conditioning, Denoiser
+from .denoiser import Batch, Denoiser
+from .local_lock import LocalLock
+from .lock import Lock, StepText, TrainingError
 from .losses import image_losses
+from .rates import full_rate, parameter_groups
+from .twin_lock import TwinLock
 
 _FIRST_SCALE = 2.0**16
 _STEPS_TO_RAISE_SCALE = 200
 
 
-class TrainingError(Exception):
-    """Why training cannot go on from here; what was learned before is good."""
-
-
 class Learner:
-    """Token vectors, outputs, their optimiser and the followed input of one run."""
+    """What is learned in one run, with its optimiser; `lock` says how text takes part."""
 
     def __init__(self, denoiser: Denoiser, config: TrainingConfig, covariance: Covariance) -> None:
         self.denoiser = denoiser
         self.config = config
         self.covariance = covariance
-        encoding = _superclass_encoding(denoiser, config)
-        self.superclass_encoding = encoding
-        self.i = encoding.to("cpu", torch.float64)
-        covariance.dual(self.i)  # a covariance of another width is an error before any work
-        layers = denoiser.layers
-        keys = locked_outputs(lambda layer, e: denoiser.project(layer, "k", e), layers, encoding)
-        values = locked_outputs(lambda layer, e: denoiser.project(layer, "v", e), layers, encoding)
-        self.edits = config.mode != "textual_inversion"
-        self.embeddings = _parameters(denoiser.initial_embeddings(), True)
-        self.values = _parameters(values, self.edits)
-        self.keys = _parameters(keys, config.mode == "trained_keys")
-        outputs = [p for p in (*self.values.values(), *self.keys.values()) if p.requires_grad]
-        groups = [{"params": [*self.embeddings.values()], "lr": config.embedding_learning_rate}]
-        if outputs:
-            groups.append({"params": outputs, "lr": config.learning_rate})
-        self.optimizer = torch.optim.Adam(groups)
+        kind = TwinLock if config.mode == "twin_lock" else LocalLock
+        self.lock: Lock = kind(denoiser, config, covariance)
+        rated = []
+        for name, parameter in self._named():
+            if parameter.requires_grad:
+                of, _, rest = name.partition(".")
+                rated.append((parameter, full_rate(denoiser, config, covariance, of, rest)))
+        self.optimizer = torch.optim.Adam(parameter_groups(rated))
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.scale = _FIRST_SCALE if denoiser.needs_scaling else 1.0
         self.since_scaled = 0
@@ -59,11 +48,11 @@ class Learner:
         Raises:
             TrainingError: when NaN or infinity appears; parameters may then be spoiled.
         """
-        losses, order = self._backward(batch, self._encode(prompts), rows_at_once)
+        losses, order = self._backward(batch, self._text(prompts), rows_at_once)
         # Only fp16 is scaled: the same rows once more, with gradients fp16 can hold.
         while self.scale > 1.0 and not _read(losses, self._gradients())[1]:
             self.scale, self.since_scaled = self.scale / 2, 0
-            losses, order = self._backward(batch, self._encode(prompts, follow=False), rows_at_once)
+            losses, order = self._backward(batch, self._text(prompts, follow=False), rows_at_once)
         if self.scale != 1.0:
             for gradient in self._gradients():
                 gradient /= self.scale
@@ -86,7 +75,7 @@ class Learner:
             state = self.optimizer.state.get(parameter, {})
             for key, value in state.items():
                 found[f"adam.{key}.{name}"] = value.detach().clone()
-        return found | {"i": self.i}
+        return found | {"i": self.lock.i}
 
     def restore(self, tensors: Mapping[str, Tensor], scale: float, since_scaled: int) -> None:
         """Go back (or forth) to what `tensors` returned.
@@ -107,51 +96,39 @@ class Learner:
                     stored = _expected(tensors, f"adam.{key}.{name}", like)
                     state[key] = stored.to(like.device, torch.float32, copy=True)
                 self.optimizer.state[parameter] = state
-        self.i = _expected(tensors, "i", self.i).to("cpu", torch.float64, copy=True)
+        i = _expected(tensors, "i", self.lock.i)
+        self.lock.restore(i.to("cpu", torch.float64, copy=True))
         self.scale, self.since_scaled = scale, since_scaled
 
-    def _encode(self, prompts: Sequence[str], follow: bool = True) -> Conditioning:
-        """Prompts encoded for this step; ``follow`` moves i, which happens once for each step."""
+    def _text(self, prompts: Sequence[str], follow: bool = True) -> StepText:
         self.optimizer.zero_grad()
-        different = list(dict.fromkeys(prompts))
-        with torch.enable_grad():
-            encoded = self.denoiser.encode(different, self.embeddings)
-            if len(different) < len(prompts):
-                encoded = encoded.rows(torch.tensor([different.index(p) for p in prompts]))
-        if follow:
-            newest = last_marked(encoded, prompts, self.config.placeholder).detach().mean(0)
-            newest = newest.to("cpu", torch.float64)
-            if not bool(torch.isfinite(newest).all()):
-                raise TrainingError("its text encoding holds NaN or infinity")
-            self.i = self.config.ema * self.i + (1 - self.config.ema) * newest
-        return encoded
+        return self.lock.text(prompts, follow)
 
-    def _backward(
-        self, batch: Batch, encoded: Conditioning, rows_at_once: int
-    ) -> tuple[Tensor, Tensor]:
+    def _backward(self, batch: Batch, text: StepText, rows_at_once: int) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss, times the scale, in every parameter.
 
         Returns the losses (B,) fp32 where they were made, and which row of the batch each is of.
         """
-        config, size = self.config, len(batch.indices)
-        losses: list[Tensor] = []
-        basis = self._basis(encoded.encodings) if self.edits else None
         parts = list(self._parts(batch, rows_at_once))
-        with torch.enable_grad():
-            for number, chosen in enumerate(parts, 1):
-                whole = len(parts) == 1
-                rows = batch if whole else batch.rows(chosen)
-                text = encoded if whole else encoded.rows(chosen)
-                edit = None if basis is None else self._edit(text, basis)
-                errors = self.denoiser.errors(rows, text, edit)
-                found = image_losses(
-                    errors, self.denoiser.masks(rows), config.background, config.normalisation
-                )
-                # The graph of the text is used by every part.
-                (found.sum() * (self.scale / size)).backward(retain_graph=number < len(parts))
-                losses.append(found.detach().float())
+        losses = []
+        for number, chosen in enumerate(parts, 1):
+            # The graph of the text is used by every part.
+            last = number == len(parts)
+            losses.append(self._part(batch, text, None if len(parts) == 1 else chosen, last))
         self._check_gradients()
         return torch.cat(losses), torch.cat(parts)
+
+    def _part(self, batch: Batch, text: StepText, chosen: Tensor | None, last: bool) -> Tensor:
+        """The losses (n,) of some rows or all, with their gradients added to the others'."""
+        config, size = self.config, len(batch.indices)
+        with torch.enable_grad():
+            rows = batch if chosen is None else batch.rows(chosen)
+            errors = self.denoiser.errors(rows, *text.rows(chosen))
+            found = image_losses(
+                errors, self.denoiser.masks(rows), config.background, config.normalisation
+            )
+            (found.sum() * (self.scale / size)).backward(retain_graph=not last)
+        return found.detach().float()
 
     def _parts(self, batch: Batch, rows_at_once: int) -> Iterator[Tensor]:
         """Rows (n,) that are computed together: of one shape, at most ``rows_at_once``."""
@@ -161,25 +138,9 @@ class Learner:
         for rows in shapes.values():
             yield from torch.tensor(rows).split(rows_at_once)
 
-    def _basis(self, encodings: Tensor) -> Basis:
-        """The edit's direction of this step, where the encodings are."""
-        direction = Direction(
-            i=self.i,
-            u=self.covariance.dual(self.i),
-            gate=self.config.gate,
-            name=self.config.placeholder,
-        )
-        dtype = torch.promote_types(encodings.dtype, torch.float32)
-        return combine([direction]).to(encodings.device, dtype)
-
-    def _edit(self, encoded: Conditioning, basis: Basis) -> GatedProjections:
-        inputs, gates = gated_inputs(encoded.encodings, basis)
-        keys = {layer: output[None] for layer, output in self.keys.items()}
-        values = {layer: output[None] for layer, output in self.values.items()}
-        return GatedProjections(inputs, gates, keys, values)
-
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for kind, tensors in (("embedding", self.embeddings), ("v", self.values), ("k", self.keys)):
+        lock = self.lock
+        for kind, tensors in (("embedding", lock.embeddings), ("v", lock.values), ("k", lock.keys)):
             for name, parameter in tensors.items():
                 yield f"{kind}.{name}", parameter
 
@@ -198,51 +159,6 @@ class Learner:
                     f"{words[kind]} {rest}: expected the loss to depend on it, found no gradient; "
                     "the model did not use it, so it cannot be trained"
                 )
-
-
-def last_marked(encoded: Conditioning, prompts: Sequence[str], word: str) -> Tensor:
-    """The encodings (B, D) at the last marked position of each prompt.
-
-    Raises:
-        ValueError: naming a prompt that has none.
-    """
-    mask = encoded.mask.cpu()
-    if mask.shape != encoded.encodings.shape[:2] or mask.shape[0] != len(prompts):
-        raise ValueError(
-            f"expected a mask {(len(prompts), encoded.encodings.shape[1])} for {len(prompts)} "
-            f"prompts, found {tuple(mask.shape)}"
-        )
-    for prompt, present in zip(prompts, mask.any(dim=1).tolist(), strict=True):
-        if not present:
-            raise ValueError(f"expected {word!r} in every prompt, found {prompt!r} without it")
-    last = (mask * torch.arange(mask.shape[1])).argmax(dim=1).tolist()
-    return torch.stack([encoded.encodings[row, at] for row, at in enumerate(last)])
-
-
-def _superclass_encoding(denoiser: Denoiser, config: TrainingConfig) -> Tensor:
-    """Mean over the prompts of the superclass's last sub-word, (D,) fp32."""
-    tokens = []
-    sentences = tuple(dict.fromkeys(config.captions)) or config.templates
-    with torch.no_grad():
-        for start in range(0, len(sentences), config.batch_size):
-            templates = sentences[start : start + config.batch_size]
-            prompts = [fill(template, config.superclass) for template in templates]
-            encoded = denoiser.encode_superclass(prompts)
-            tokens.append(last_marked(encoded, prompts, config.superclass))
-    encoding = torch.cat(tokens).float().mean(0)
-    if not bool(torch.isfinite(encoding).all()):
-        raise ValueError(
-            f"expected a finite encoding of {config.superclass!r}, found NaN or infinity; "
-            "check the text encoder"
-        )
-    return encoding
-
-
-def _parameters(tensors: Mapping[str, Tensor], trainable: bool) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().float().clone().requires_grad_(trainable)
-        for name, tensor in tensors.items()
-    }
 
 
 def _read(losses: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:

@@ -16,7 +16,8 @@ from .config import TrainingConfig
 from .denoiser import Denoiser
 from .draws import draw, rate
 from .learned import learned_concept
-from .learner import Learner, TrainingError
+from .learner import Learner
+from .lock import TrainingError
 from .loss_bands import BandSmoother, LossRecord
 from .results import Progress, TrainingCallbacks, TrainingResult
 from .state import TrainingState, check_same_run

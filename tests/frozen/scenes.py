@@ -66,13 +66,17 @@ class Training:
     def run(self, steps=STEPS):
         """What the node returns; its inputs come as ComfyUI passes them, as lists."""
         options = TrainingOptions(
-            schedule="constant", templates=("a {}", "a photo of a {}"), sample_every=0
+            schedule="constant",
+            templates=("a {}", "a photo of a {}"),
+            sample_every=0,
+            rate_unit="absolute",
         )
         settings = {
             **dict(zip(("model", "clip", "vae"), self.models, strict=True)),
             **{"images": self.images, "covariance": self.covariance, "options": options},
             **{"placeholder": "<a>", "superclass": "cat", "steps": steps, "batch_size": 2},
             **{"learning_rate": 0.1, "embedding_learning_rate": 0.006, "seed": 0},
+            "key_lock": "local",
         }
         with torch.inference_mode():
             return PerfusionTrainConcept.execute(**{k: [v] for k, v in settings.items()}).args

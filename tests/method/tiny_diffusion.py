@@ -17,7 +17,7 @@ from perfusion.gated.key_lock import locked_outputs
 from perfusion.gated.rank_one import GatedProjections, Part, gated_inputs
 from perfusion.text.prompts import fill
 from perfusion.training.config import TrainingConfig
-from perfusion.training.denoiser import Batch, Conditioning
+from perfusion.training.denoiser import Batch, Conditioning, Projections
 from perfusion.training.results import TrainingResult
 
 WORDS = ["<end>", "a", "photo", "of", "the", "my", "one", "cat", "dog", "bird", "bath", "sks"]
@@ -52,6 +52,7 @@ class TinyAttention(nn.Module):
         self.to_q = nn.Linear(FEATURES, FEATURES, bias=False)
         self.to_k = nn.Linear(WIDTH, FEATURES, bias=False)
         self.to_v = nn.Linear(WIDTH, FEATURES, bias=False)
+        self.value_unit = 1.0
 
 
 class TinyUNet(nn.Module):
@@ -65,7 +66,7 @@ class TinyUNet(nn.Module):
         self.leave = nn.Linear(FEATURES, 3)
 
     def forward(
-        self, noised: Tensor, time: Tensor, text: Tensor, edit: GatedProjections | None = None
+        self, noised: Tensor, time: Tensor, text: Tensor, edit: Projections | None = None
     ) -> Tensor:
         pixels = noised.flatten(2).mT  # B C h w -> B (h w) C
         clock = time[:, None, None].expand(-1, pixels.shape[1], 1)
@@ -75,6 +76,7 @@ class TinyUNet(nn.Module):
                 k, v = layer.to_k(text), layer.to_v(text)
             else:
                 k, v = (edit.apply(getattr(layer, f"to_{p}"), name, p) for p in ("k", "v"))
+            v = v / layer.value_unit
             read = functional.scaled_dot_product_attention(layer.to_q(hidden), k, v)
             hidden = hidden + functional.gelu(self.mixing[name](hidden + read))
         return self.leave(hidden).mT.reshape(noised.shape)
@@ -95,6 +97,7 @@ class TinyDenoiser:
         self.variant_count = 1
         self.needs_scaling = False
         self.data_hash = "tiny-data"
+        self.released = 0
 
     @property
     def image_count(self) -> int:
@@ -115,10 +118,35 @@ class TinyDenoiser:
         wanted = torch.tensor([WORDS.index(word) for word in self.superclass.split()])
         return Conditioning(self.text(self.text.tokens(ids)), torch.isin(ids, wanted))
 
+    def twin_embeddings(self) -> dict[str, Tensor]:
+        last = self.text.tokens.weight[WORDS.index(self.superclass.split()[-1])]
+        vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
+        return {"l": vector * last.norm() / vector.norm()}
+
+    def encode_twins(
+        self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]
+    ) -> tuple[Conditioning, Conditioning]:
+        words = self.superclass.split()
+        # The last sub-word of the superclass is where the placeholder's vector stands.
+        ids = token_ids(
+            [prompt.replace("sks", " ".join([*words[:-1], "sks"])) for prompt in prompts]
+        )
+        mask = ids == WORDS.index("sks")
+        twin = torch.where(mask, torch.tensor(WORDS.index(words[-1])), ids)
+        vectors = torch.where(mask[..., None], embeddings["l"], self.text.tokens(ids))
+        named = Conditioning(self.text(vectors), mask)
+        return named, Conditioning(self.text(self.text.tokens(twin)), mask)
+
+    def release_text(self) -> None:
+        self.released += 1
+
+    def token_rms(self, encoder: str) -> float:
+        return float(self.text.tokens.weight.square().mean().sqrt())
+
     def project(self, layer: str, part: Part, encodings: Tensor) -> Tensor:
         return getattr(self.unet.attention[layer], f"to_{part}")(encodings)
 
-    def errors(self, batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
+    def errors(self, batch: Batch, encoded: Conditioning, edit: Projections | None) -> Tensor:
         images = self.images[batch.indices]
         images = torch.where((batch.variants == 1)[:, None, None, None], images.flip(-1), images)
         images = images[..., : self.shape(int(batch.indices[0]))[1]]
@@ -142,7 +170,7 @@ def noise_errors(
     images: Tensor,
     times: Tensor,
     text: Tensor,
-    edit: GatedProjections | None,
+    edit: Projections | None,
     noise: Tensor,
 ) -> Tensor:
     angle = (0.15 + 0.7 * times)[:, None, None, None] * math.pi / 2

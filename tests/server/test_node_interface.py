@@ -40,6 +40,7 @@ INPUTS = {
         "options",
         "captions",
         "clip_vision",
+        "key_lock",
     ],
     "PerfusionTrainingOptions": [
         "sample_every",
@@ -65,6 +66,7 @@ INPUTS = {
         "train_bias",
         "train_temperature",
         "ema",
+        "rate_unit",
     ],
     "PerfusionSaveConcept": ["concept", "filename_prefix", "thumbnail"],
     "PerfusionConceptInfo": ["concept"],

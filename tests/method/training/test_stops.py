@@ -253,7 +253,7 @@ def test_memory_that_does_not_suffice_for_one_row_is_an_error_with_nothing_lost(
         ({"ema": 1.5}, "ema: expected 0 to 1"),
         ({"background": -0.1}, "background: expected 0 to 1"),
         ({"seed": -1}, "seed: expected 0"),
-        ({"mode": "lora"}, "mode: expected one of perfusion, textual_inversion, trained_keys"),
+        ({"mode": "lora"}, "mode: expected one of twin_lock, perfusion"),
         ({"schedule": "linear"}, "schedule: expected one of constant, cosine"),
         ({"placeholder": "my cat"}, "placeholder: expected one word"),
         ({"placeholder": "cat"}, "placeholder: expected another word than the superclass"),

@@ -1,0 +1,62 @@
+"""The encodings of a concept's and its superclass's place in the training prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..text.prompts import fill
+from .config import TrainingConfig
+from .denoiser import Conditioning, Denoiser
+
+
+def training_prompts(config: TrainingConfig, word: str) -> tuple[str, ...]:
+    """The sentences of a run, with ``word`` in its place."""
+    sentences = tuple(dict.fromkeys(config.captions)) or config.templates
+    return tuple(fill(sentence, word) for sentence in sentences)
+
+
+def superclass_encoding(denoiser: Denoiser, config: TrainingConfig) -> Tensor:
+    """Mean over the prompts of the superclass's last sub-word, (D,) fp32."""
+    tokens = []
+    prompts = training_prompts(config, config.superclass)
+    with torch.no_grad():
+        for start in range(0, len(prompts), config.batch_size):
+            some = prompts[start : start + config.batch_size]
+            encoded = denoiser.encode_superclass(some)
+            tokens.append(last_marked(encoded, some, config.superclass))
+    return finite_encoding(torch.cat(tokens).float().mean(0), config.superclass)
+
+
+def finite_encoding(encoding: Tensor, word: str) -> Tensor:
+    """The encoding of a word.
+
+    Raises:
+        ValueError: for NaN or infinity in it.
+    """
+    if not bool(torch.isfinite(encoding).all()):
+        raise ValueError(
+            f"expected a finite encoding of {word!r}, found NaN or infinity; check the text encoder"
+        )
+    return encoding
+
+
+def last_marked(encoded: Conditioning, prompts: Sequence[str], word: str) -> Tensor:
+    """The encodings (B, D) at the last marked position of each prompt.
+
+    Raises:
+        ValueError: naming a prompt that has none.
+    """
+    mask = encoded.mask.cpu()
+    if mask.shape != encoded.encodings.shape[:2] or mask.shape[0] != len(prompts):
+        raise ValueError(
+            f"expected a mask {(len(prompts), encoded.encodings.shape[1])} for {len(prompts)} "
+            f"prompts, found {tuple(mask.shape)}"
+        )
+    for prompt, present in zip(prompts, mask.any(dim=1).tolist(), strict=True):
+        if not present:
+            raise ValueError(f"expected {word!r} in every prompt, found {prompt!r} without it")
+    last = (mask * torch.arange(mask.shape[1])).argmax(dim=1).tolist()
+    return torch.stack([encoded.encodings[row, at] for row, at in enumerate(last)])
