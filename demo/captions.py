@@ -4,7 +4,8 @@ import random
 import re
 
 from .classes import CLASS_NAMES, KINDS
-from .specs import COLOR_NAMES, PATTERNS, SCENES, STYLES, UNNAMED_COLOR, Specs, sample_specs
+from .specs import COLOR_NAMES, SCENES, STYLES, UNNAMED_COLOR, Specs, sample_specs
+from .sprites import PATTERNS
 
 PATTERN_WORDS = {"striped": ("striped", "stripy"), "spotted": ("spotted", "dotted")}
 SCENE_WORDS = {
@@ -27,7 +28,7 @@ STYLE_WORDS = {
     ),
     "sketch": ("a sketch of", "a drawing of", "a pencil drawing of"),
 }
-SIZE_WORDS = (("small", "little", "tiny"), (), ("big", "large", "huge"))
+SIZE_WORDS = (("small", "little", "tiny"), (), ("big", "large", "huge"), ())
 FILLERS = ("nice", "cute", "cool", "lovely", "good", "weird")
 DETERMINERS = ("the", "my", "one", "this")
 MARK = "#"
@@ -41,7 +42,7 @@ def _thing(specs: Specs, picture: int, place: int, rng: random.Random) -> str:
     if sizes and not bool(specs.two[picture]) and rng.random() < 0.35:
         words.append(rng.choice(sizes))
     color = int(specs.color[picture, place])
-    if color != UNNAMED_COLOR and rng.random() < 0.6:
+    if color < UNNAMED_COLOR and rng.random() < 0.6:
         words.append(COLOR_NAMES[color])
     pattern = PATTERNS[int(specs.pattern[picture, place])]
     if pattern in PATTERN_WORDS and rng.random() < 0.75:
