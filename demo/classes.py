@@ -1,6 +1,6 @@
 """The kinds of things in the small world: how each is drawn, as layers of signed distances.
 
-A thing lives in u, v in [-1, 1] (v up) and is a few big parts. Each layer has a role: "main" carries
+A thing lives in u, v in [-1, 1] (v up) and is a few big parts. Each layer has a role: "main" has
 the pattern, "main", "second" and "third" take the thing's own colours, other roles are fixed.
 """
 

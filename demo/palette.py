@@ -99,9 +99,7 @@ FIXED: dict[str, int] = {name: _FIRST_FIXED + i for i, name in enumerate(FIXED_C
 
 def _pencil() -> Tensor:
     light = PALETTE @ torch.tensor([0.3, 0.59, 0.11])
-    tones = torch.tensor(
-        [FIXED["pencil_3"], FIXED["pencil_2"], FIXED["pencil_1"], FIXED["paper"]]
-    )
+    tones = torch.tensor([FIXED["pencil_3"], FIXED["pencil_2"], FIXED["pencil_1"], FIXED["paper"]])
     out = tones[torch.bucketize(light, torch.tensor([0.38, 0.58, 0.8]))]
     out[FIXED["ink"]] = FIXED["ink"]
     for color, tone in (("night", "paper"), ("nebula", "pencil_1"), ("star", "pencil_2")):

@@ -10,15 +10,15 @@ from .render import render_indices
 from .specs import Specs, sample_specs
 
 CHUNK = 4096
-MANY_TWO = 100
-"""From this chunk on 40 % of the pictures show two things, before it 20 %."""
+TWO_SHARE = 0.3
+"""Share of the pictures that show two things."""
 MASK_GRID = 8
 _BATCH = 512
 
 
 def chunk_specs(index: int) -> Specs:
     """What chunk ``index`` shows; negative indices are held out of training."""
-    return sample_specs(CHUNK, 1_000_000 + index, two_share=0.4 if index >= MANY_TWO else 0.2)
+    return sample_specs(CHUNK, 1_000_000 + index, two_share=TWO_SHARE)
 
 
 def save_atomically(value: object, path: Path) -> None:

@@ -23,7 +23,7 @@ log = logging.getLogger("demo.train")
 class AutoencoderConfig:
     """What determines the autoencoder's weights: recorded beside them."""
 
-    steps: int = 2000
+    steps: int = 1500
     batch: int = 64
     chunks: int = 16
     seed: int = 0
@@ -158,7 +158,7 @@ def train_autoencoder(
         pictures, masks = pool[int(torch.randint(config.chunks, (1,), generator=g))]
         rows = torch.randint(len(pictures), (config.batch,), generator=g).to(device)
         running = running.lerp(trainer.learn(pictures[rows], masks[rows]), 0.02)
-        if trainer.step % 100 == 0:
+        if trainer.step % 50 == 0:
             log.info(
                 "autoencoder %d/%d  wrong pixels %.2f %%  %.0f s",
                 trainer.step,
@@ -166,7 +166,7 @@ def train_autoencoder(
                 100 * float(running),
                 time.time() - started,
             )
-        if time.time() > until or (trainer.step % 500 == 0 and trainer.step < config.steps):
+        if time.time() > until or (trainer.step % 250 == 0 and trainer.step < config.steps):
             trainer.save(time.time() - started)
         if time.time() > until:
             return None
