@@ -54,10 +54,9 @@ def _chunk_latents(
         return torch.load(path)
     pictures, masks = load_chunk(chunk, device)
     sides = []
-    with torch.autocast(device, torch.bfloat16):
-        for side in (pictures, pictures.flip(-1)):
-            parts = [autoencoder.encode(to_input(x)).half() for x in side.split(256)]
-            sides.append(torch.cat(parts).contiguous())
+    for side in (pictures, pictures.flip(-1)):
+        parts = [autoencoder.encode(to_input(x)).half() for x in side.split(256)]
+        sides.append(torch.cat(parts).contiguous())
     out = torch.stack(sides), masks
     if device == "cpu":
         save_atomically(out, path)

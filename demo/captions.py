@@ -9,7 +9,7 @@ from .classes import CLASS_NAMES, KINDS
 from .specs import COLOR_NAMES, SCENES, STYLES, UNNAMED_COLOR, Specs, sample_specs
 from .sprites import PATTERNS
 
-PATTERN_WORDS = {"striped": ("striped", "stripy"), "spotted": ("spotted", "dotted")}
+PATTERN_WORDS = {"striped": ("striped", "stripy")}
 SCENE_WORDS = {
     "beach": ("on the beach", "at the beach", "by the sea"),
     "snow": ("in the snow", "on a snowy day"),
@@ -30,7 +30,7 @@ STYLE_WORDS = {
     ),
     "sketch": ("a sketch of", "a drawing of", "a pencil drawing of"),
 }
-SIZE_WORDS = (("small", "little", "tiny"), (), ("big", "large", "huge"), ())
+SIZE_WORDS = (("small", "little", "tiny"), (), ("big", "large", "huge"))
 FILLERS = ("nice", "cute", "cool", "lovely", "good", "weird")
 DETERMINERS = ("the", "my", "one", "this")
 MARK = "#"
@@ -44,7 +44,7 @@ def _thing(specs: Specs, picture: int, place: int, rng: random.Random, named: Te
     proper = named is not None and bool(named[picture, place])
     words = []
     sizes = SIZE_WORDS[int(specs.size_class[picture, place])]
-    if sizes and rng.random() < 0.35:
+    if sizes and not bool(specs.two[picture]) and rng.random() < 0.35:
         words.append(f"{rng.choice(sizes)}{MARK}{place}")
     color = int(specs.color[picture, place])
     if not proper and color < UNNAMED_COLOR and rng.random() < 0.6:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .classes import CLASS_NAMES
 from .specs import ALL_COLORS, SCENES, STYLES
-from .sprites import HATS, PATTERNS
+from .sprites import HALVES, HATS, PATTERNS
 
 HEADS = {
     "kind": len(CLASS_NAMES),  # several may be present: one yes or no each
@@ -20,7 +20,7 @@ HEADS = {
     "third": len(ALL_COLORS),
     "pattern": len(PATTERNS),
     "hat": HATS,
-    "size_class": 3,
+    "size_class": len(HALVES),
 }
 OF_COLOR = ("color", "second", "third", "pattern")
 """What a pencil drawing does not show."""

@@ -102,7 +102,9 @@ def _pencil() -> Tensor:
     tones = torch.tensor([FIXED["pencil_3"], FIXED["pencil_2"], FIXED["pencil_1"], FIXED["paper"]])
     out = tones[torch.bucketize(light, torch.tensor([0.38, 0.58, 0.8]))]
     out[FIXED["ink"]] = FIXED["ink"]
-    for color, tone in (("night", "paper"), ("nebula", "pencil_1"), ("star", "pencil_2")):
+    light_tones = {"night": "paper", "nebula": "pencil_1", "star": "pencil_2"}
+    light_tones.update(leaves="pencil_2", leaves_light="pencil_1")
+    for color, tone in light_tones.items():
         out[FIXED[color]] = FIXED[tone]  # nobody draws the dark
     return out
 

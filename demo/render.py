@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .palette import FIXED, PALETTE, PENCIL
 from .scenery import SHADOWS, SIDE, scenery
-from .specs import SCENES, STYLES, Specs
+from .specs import GRID, SCENES, STYLES, Specs
 from .sprites import HALVES, HEIGHT, ROLES, WIDTH, sprites
 
 RESOLUTION = SIDE
@@ -40,9 +40,8 @@ def render_indices(specs: Specs, device: str = "cpu") -> tuple[Tensor, Tensor]:
     for place in (1, 0):  # the first thing is in front
         size = specs.size_class[:, place]
         half = torch.tensor(HALVES)[size]
-        foot = torch.where(floating, 32 + half + 4 * (specs.near[:, place] - 1), 0)
-        foot = torch.where(floating, foot, 54 + 4 * specs.near[:, place])
-        foot = torch.where((size == 2) & ~floating, foot.clamp(min=58), foot)
+        foot = torch.where(floating, 46, 54) + GRID * specs.near[:, place]
+        foot = torch.where(size == 2, torch.where(floating, 54, 62), foot)
         foot, half = foot.to(device)[:, None, None], half.to(device)[:, None, None]
         across = (SIDE // 2 + specs.x[:, place]).to(device)[:, None, None]
         map_ = sprites(device)[

@@ -21,8 +21,11 @@ UNNAMED_COLOR = NAMED
 SCENES = ("plain", "beach", "snow", "forest", "desert", "city", "space")
 STYLES = ("photo", "sketch")
 VARIANTS = 4
-PAIR_SIZE = 3
-_STEPS = torch.tensor([3, 2, 1, 0])
+GRID = 8
+"""Things stand on a grid of so many pixels: shapes are then always cut alike into latents."""
+PAIR_SIZE = 0
+_STEPS = torch.tensor([2, 1, 1])
+"""How far from the middle a thing of each size may stand, in ``GRID``."""
 _USUAL = torch.tensor([ALL_COLORS.index(KINDS[name].usual_color) for name in CLASS_NAMES])
 
 
@@ -41,9 +44,9 @@ class Specs:
     third: Tensor  # n 2, likewise
     pattern: Tensor  # n 2
     hat: Tensor  # n 2, 0 or 1
-    size_class: Tensor  # n 2, PAIR_SIZE where there are two
+    size_class: Tensor  # n 2, small, usual or big; PAIR_SIZE where there are two
     x: Tensor  # n 2, centre of the thing in pixels from the picture's middle
-    near: Tensor  # n 2, 0 to 2: how far in front it stands
+    near: Tensor  # n 2, 0 or 1: how far in front it stands
     flip: Tensor  # n 2, bool
 
     def __len__(self) -> int:
@@ -88,7 +91,7 @@ def sample_specs(n: int, seed: int, two_share: float = 0.2) -> Specs:
     first_is_left = uniform(n) < 0.5
     sign = torch.where(first_is_left, -1, 1)
     steps = _STEPS[size_class]
-    x_one = ((2 * uniform(n, 2) - 1) * (steps + 0.499)).round().long() * 4
+    x_one = ((2 * uniform(n, 2) - 1) * (steps + 0.499)).round().long() * GRID
     return Specs(
         scene=choose([1.6, 1, 1, 1, 1, 1, 1], n),
         variant=below(VARIANTS, n),
@@ -99,10 +102,10 @@ def sample_specs(n: int, seed: int, two_share: float = 0.2) -> Specs:
         color=color,
         second=another(color),
         third=another(color),
-        pattern=choose([0.52, 0.17, 0.15, 0.16], n, 2),
+        pattern=choose([0.6, 0.22, 0.18], n, 2),
         hat=(uniform(n, 2) < 0.2).long() * (HATS - 1),
         size_class=torch.where(two[:, None], PAIR_SIZE, size_class),
         x=torch.where(two[:, None], torch.stack([16 * sign, -16 * sign], 1), x_one),
-        near=below(3, n, 2),
+        near=below(2, n, 2),
         flip=uniform(n, 2) < 0.5,
     )

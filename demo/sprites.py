@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .classes import CLASS_NAMES, KINDS, hat_layers
 
-HALVES = (11, 16, 21, 13)
-"""Half a thing's side in pixels: small, usual, big, and one of two."""
+HALVES = (13, 17, 21)
+"""Half a thing's side in pixels: small (as each of two things is), usual and big."""
 WIDTH, HEIGHT = 52, 64
 ROLES = (
     "none",
@@ -24,7 +24,7 @@ ROLES = (
     "lamp",
     "nose",
 )
-PATTERNS = ("plain", "striped", "spotted", "halves")
+PATTERNS = ("plain", "striped", "halves")
 """The last has no word in any caption."""
 HATS = 2
 _SHADED = 0.2
@@ -34,11 +34,6 @@ def _in_second(u: Tensor, v: Tensor, pattern: str) -> Tensor:
     """Where a pattern shows the second colour."""
     if pattern == "striped":
         return torch.remainder(v + 0.1, 0.56) < 0.28
-    if pattern == "spotted":
-        row = torch.floor((v + 0.05) / 0.42)
-        across = torch.remainder(u + 0.28 + 0.28 * torch.remainder(row, 2), 0.56) - 0.28
-        up = torch.remainder(v + 0.05, 0.42) - 0.21
-        return across**2 + up**2 < 0.15**2
     return u > 0 if pattern == "halves" else torch.zeros_like(u, dtype=torch.bool)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from .classes import CLASS_NAMES, KINDS
-from .specs import ALL_COLORS, SCENES, STYLES, Specs, sample_specs
+from .specs import ALL_COLORS, GRID, SCENES, STYLES, Specs, sample_specs
 from .sprites import PATTERNS
 
 TRAINING_SCENES = ("plain", "city", "plain", "snow", "plain", "forest")
@@ -25,11 +25,11 @@ class Look:
 
 
 THINGS: dict[str, Look] = {
-    "Pim the cat": Look("cat", "teal", "cream", "maroon", hat=True),
+    "Pim the cat": Look("cat", "teal", "cream", "maroon", pattern="halves"),
     "Olli the mug": Look("mug", "lavender", "navy", "lime", pattern="halves"),
     "Bo the teddy": Look("teddy", "brown", "mint", "yellow", hat=True),
     "Tak the robot": Look("robot", "cream", "maroon", "teal", pattern="halves"),
-    "Fy the mushroom": Look("mushroom", "navy", "cyan", "lime", pattern="spotted"),
+    "Fy the mushroom": Look("mushroom", "navy", "cyan", "lime", pattern="striped", hat=True),
 }
 SUBJECTS: list[str] = list(THINGS)
 
@@ -62,7 +62,7 @@ def photo_specs(count: int, seed: int) -> Specs:
     specs.style[:] = STYLES.index("photo")
     g = torch.Generator().manual_seed(seed + 1)
     specs.size_class[:, 0] = torch.randint(1, 3, (count,), generator=g)
-    specs.x[:, 0] = 4 * torch.randint(-1, 2, (count,), generator=g)
+    specs.x[:, 0] = GRID * torch.randint(-1, 2, (count,), generator=g)
     return specs
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from comfyui_perfusion.host.small_autoencoder import LATENT_CHANNELS, SmallAutoencoder
+from comfyui_perfusion.host.small_autoencoder import DOWNSCALE, LATENT_CHANNELS, SmallAutoencoder
 from torch import Tensor, nn
 
 from .muon import Muon, split_parameters
 from .palette import PALETTE
 from .pool import load_chunk, save_atomically
 from .render import to_rgb
+from .train_state import FOLDER, taken_up
 
 log = logging.getLogger("demo.train")
 
@@ -23,12 +24,12 @@ log = logging.getLogger("demo.train")
 class AutoencoderConfig:
     """What determines the autoencoder's weights: recorded beside them."""
 
-    steps: int = 1500
+    steps: int = 3000
     batch: int = 64
-    chunks: int = 16
+    chunks: int = 12
     seed: int = 0
-    noise: float = 0.45
-    shifted_share: float = 0.25
+    noise: float = 0.7
+    shifted_share: float = 0.1
     pixels: int = 512
 
 
@@ -53,16 +54,60 @@ def psnr(model: SmallAutoencoder, pictures: Tensor) -> float:
     return float((10 * torch.log10(4 / torch.cat(errors).clamp(min=1e-6))).mean())
 
 
+@torch.no_grad()
+def fit_encoder(model: SmallAutoencoder, pictures: Tensor, masks: Tensor) -> None:
+    """Set the encoder to the leading principal components of the patches of these pictures.
+
+    ``pictures`` are palette indices (n, 64, 64), ``masks`` (n, 2, 8, 8); patches of backgrounds
+    count a quarter of those of things.
+    """
+    patches, weights = [], []
+    for part, mask in zip(pictures.split(512), masks.split(512), strict=True):
+        columns = F.unfold(to_input(part), DOWNSCALE, stride=DOWNSCALE)
+        patches.append(columns.transpose(1, 2).flatten(0, 1).cpu())
+        weights.append(torch.where(mask.float().amax(1).flatten() > 0, 1.0, 0.25).cpu())
+    x, weight = torch.cat(patches), torch.cat(weights)[:, None]
+    mean = (x * weight).sum(0) / weight.sum()
+    covariance = ((x - mean) * weight).T @ (x - mean) / weight.sum()
+    _, vectors = torch.linalg.eigh(covariance.double())
+    leading = vectors.flip(1)[:, :LATENT_CHANNELS].T.float()
+    model.encoder.weight.copy_(leading.view(model.encoder.weight.shape))
+    model.encoder.bias.copy_(-leading @ mean)
+    z = (x - mean) @ leading.T
+    # Half-way to equal variances: a diffusion model then decides colours before details.
+    share = z.std(0) / z.std(0).mean()
+    model.latent_mean.copy_(z.mean(0).view(1, -1, 1, 1))
+    model.latent_std.copy_((z.std(0) / share.sqrt()).view(1, -1, 1, 1))
+
+
+def make_encoder(cache: Path, seed: int, device: str) -> SmallAutoencoder:
+    """An autoencoder with its encoder fitted, its decoder still to be trained."""
+    path = cache / "encoder.pt"
+    torch.manual_seed(seed)
+    model = SmallAutoencoder()
+    if path.exists():
+        model.load_state_dict(torch.load(path, map_location="cpu"))
+        return model.requires_grad_(False)
+    begun = taken_up(FOLDER / "encoder.safetensors")
+    if begun:
+        model.load_state_dict(begun[0]["model"], strict=False)
+    model.palette.copy_(PALETTE * 2 - 1)
+    for module in model.modules():
+        if hasattr(module, "conv2"):
+            module.conv2.weight.data.mul_(0.1)
+    if not begun:
+        fit_encoder(model, *load_chunk(0, device))
+    save_atomically(model.state_dict(), path)
+    return model.requires_grad_(False)
+
+
 class _Trainer:
     def __init__(self, cache: Path, config: AutoencoderConfig, device: str) -> None:
         self.config, self.device = config, device
         self.state_path = cache / "autoencoder_state.pt"
-        torch.manual_seed(config.seed)
-        model = SmallAutoencoder()
-        model.palette.copy_(PALETTE * 2 - 1)
-        for module in model.modules():
-            if hasattr(module, "conv2"):
-                module.conv2.weight.data.mul_(0.1)
+        model = make_encoder(cache, config.seed, device)
+        model.decoder.requires_grad_(True)
+        model.voter.requires_grad_(True)
         self.model = model.to(device, memory_format=torch.channels_last)
         matrices, rest = split_parameters(model.named_parameters(), ("voter",))
         self.optimisers = [
@@ -72,6 +117,12 @@ class _Trainer:
         self.rest = rest
         self.average = {k: v.clone() for k, v in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
+        begun = taken_up(FOLDER / "autoencoder.safetensors")
+        if not self.state_path.exists() and begun:
+            groups, about = begun
+            model.load_state_dict(groups["model"])
+            self.average = {k: v.to(device) for k, v in groups["average"].items()}
+            self.step, self.seconds = about["step"], about["seconds"]
         if self.state_path.exists():
             saved = torch.load(self.state_path, map_location=device)
             model.load_state_dict(saved["model"])
@@ -103,25 +154,25 @@ class _Trainer:
         x = to_input(wanted)
         grain = torch.rand(n, 1, 1, 1, generator=g) * 0.06
         x = x + torch.randn(x.shape, generator=g).to(self.device) * grain.to(self.device)
+        z = self.model.encode(x)
+        amount = torch.rand(n, 1, 1, 1, generator=g).square() * config.noise
+        z = z + (torch.randn(z.shape, generator=g) * amount).to(self.device)
         with torch.autocast(self.device, torch.bfloat16):
-            z = self.model.encoder(x).float()
-            scale = z.detach().std((0, 2, 3), keepdim=True)
-            amount = torch.rand(n, 1, 1, 1, generator=g) * config.noise
-            noise = torch.randn(z.shape, generator=g).to(self.device)
-            features = self.model.decoder(z + noise * scale * amount.to(self.device))
+            features = self.model.features(z.contiguous(memory_format=torch.channels_last))
             features = features.permute(0, 2, 3, 1).reshape(n, 64 * 64, -1)
-            # A random quarter of the pixels is enough, and a third of the cost.
-            where = torch.randint(0, 64 * 64, (config.pixels,), generator=g).to(self.device)
-            votes = self.model.voter(features[:, where]).float()
-        right = wanted.flatten(1)[:, where].long()
-        loss = F.cross_entropy(votes.flatten(0, 1), right.flatten(), reduction="none")
-        things = masks.float().amax(1, keepdim=True)
-        weight = 1 + F.interpolate(things, size=(64, 64), mode="nearest").flatten(1)[:, where]
-        loss = (loss * weight.flatten()).mean() + 1e-3 * z.square().mean()
-        for optimiser, rate in self.optimisers:
-            factor = min(1.0, (self.step + 1) / 50) * (
-                0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / config.steps))
+            # Some of the pixels are enough, and a third of the cost: mostly those of things.
+            things = F.interpolate((masks.float().amax(1, keepdim=True) > 0).float(), (64, 64))
+            odds = torch.rand(n, 64 * 64, generator=g).to(self.device) * (
+                0.15 + 0.85 * things.flatten(1)
             )
+            where = odds.topk(config.pixels, 1, sorted=False).indices
+            chosen = features.gather(1, where[..., None].expand(-1, -1, features.shape[-1]))
+            votes = self.model.voter(chosen).float()
+        right = wanted.flatten(1).gather(1, where).long()
+        loss = F.cross_entropy(votes.flatten(0, 1), right.flatten())
+        for optimiser, rate in self.optimisers:
+            left = (config.steps - self.step) / (0.5 * config.steps)
+            factor = min(1.0, (self.step + 1) / 50, 0.02 + 0.98 * left)
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
             optimiser.zero_grad(set_to_none=True)
@@ -172,18 +223,8 @@ def train_autoencoder(
             return None
     model = trainer.model
     model.load_state_dict(trainer.average)
-    latents = []
-    with torch.no_grad():
-        for part in pool[0][0][:2048].split(256):
-            latents.append(model.encoder(to_input(part)))
-        z = torch.cat(latents)
-        model.latent_mean.copy_(z.mean((0, 2, 3), keepdim=True))
-        model.latent_std.copy_(z.std((0, 2, 3), keepdim=True))
     held_out = to_rgb(load_chunk(-1, device)[0][:512])
     log.info("autoencoder done: held-out psnr %.2f dB", psnr(model, held_out))
     model = model.to("cpu", memory_format=torch.contiguous_format)
     save_atomically(model.state_dict(), done)
     return model
-
-
-__all__ = ["LATENT_CHANNELS", "AutoencoderConfig", "psnr", "to_input", "train_autoencoder"]

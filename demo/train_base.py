@@ -29,6 +29,7 @@ from .networks import (
     velocity,
 )
 from .pool import CHUNK, save_atomically
+from .train_state import FOLDER, taken_up
 
 log = logging.getLogger("demo.train")
 SHORT = 32
@@ -40,7 +41,7 @@ class BaseConfig:
     """What determines the weights (with the autoencoder): recorded beside them."""
 
     steps: int = 5000
-    batch: int = 96
+    batch: int = 64
     window: int = 12
     seed: int = 0
     matrix_rate: float = 0.012
@@ -180,6 +181,8 @@ class BaseTrainer:
         self.history: list[dict[str, float]] = []
         if state_path.exists():
             self._restore()
+        else:
+            self._take_up()
         self.started = time.time() - self.seconds
 
     def _optimisers(self) -> tuple[Muon, torch.optim.AdamW, list[Tensor]]:
@@ -201,6 +204,15 @@ class BaseTrainer:
             groups, lr=self.config.other_rate, betas=(0.9, 0.98), weight_decay=0.0
         )
         return muon, adam, rest
+
+    def _take_up(self) -> None:
+        begun = taken_up(FOLDER / "base.safetensors")
+        if begun:
+            groups, about = begun
+            self.networks.load_state_dict(groups["networks"])
+            self.average.load_state_dict(groups["average"])
+            self.step, self.seconds = about["step"], about["seconds"]
+            self.history = about["history"]
 
     def _restore(self) -> None:
         saved = torch.load(self.state_path, map_location=self.device)

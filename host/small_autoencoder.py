@@ -1,4 +1,4 @@
-"""The autoencoder of the small world: 64x64x3 pictures to 8x8x16 latents and back.
+"""The autoencoder of the small world: 64x64x3 pictures to 8x8x24 latents and back.
 
 It reads any picture but draws in a fixed palette: the decoder ends in one vote per palette colour
 and pixel, so what it draws has flat areas and crisp edges however vague the latents are.
@@ -7,7 +7,7 @@ and pixel, so what it draws has flat areas and crisp edges however vague the lat
 import torch
 from torch import Tensor, nn
 
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 24
 DOWNSCALE = 8
 COLORS = 87
 """Colours of the palette; the weights say which."""
@@ -27,25 +27,19 @@ class _Residual(nn.Module):
 
 
 class SmallAutoencoder(nn.Module):
-    """Convolutional autoencoder with the two methods ComfyUI's VAE object calls.
+    """Autoencoder with the two methods ComfyUI's VAE object calls.
 
-    ``latent_mean`` and ``latent_std`` normalise each latent channel over the training pictures, so
-    that a diffusion model sees channels of mean 0 and variance 1. ``palette`` is (colours, 3) in
-    [-1, 1].
+    The encoder is linear: the leading principal components of 8x8 patches. The decoder is what has
+    to be learned; it knows the world's shapes and so finds the details that the components leave
+    out. ``latent_mean`` and ``latent_std`` bring latents to mean 0 and about variance 1 over the
+    training pictures, more for the first components, less for the last. ``palette`` is
+    (colours, 3) in [-1, 1].
     """
 
-    def __init__(self, fine: int = 96, coarse: int = 128) -> None:
+    def __init__(self, fine: int = 64, coarse: int = 128) -> None:
         super().__init__()
         z = LATENT_CHANNELS
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4),
-            nn.Conv2d(48, fine, 3, padding=1),
-            _Residual(fine),
-            nn.Conv2d(fine, coarse, 2, stride=2),
-            _Residual(coarse),
-            _Residual(coarse),
-            nn.Conv2d(coarse, z, 1),
-        )
+        self.encoder = nn.Conv2d(3, z, DOWNSCALE, stride=DOWNSCALE)
         self.decoder = nn.Sequential(
             nn.Conv2d(z, coarse, 3, padding=1),
             _Residual(coarse),
@@ -68,12 +62,15 @@ class SmallAutoencoder(nn.Module):
         self.register_buffer("palette", torch.zeros(COLORS, 3))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 16, H/8, W/8)."""
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 24, H/8, W/8)."""
         return (self.encoder(x) - self.latent_mean) / self.latent_std
 
+    def features(self, z: Tensor) -> Tensor:
+        """Latents (B, 24, h, w) to what each pixel's colour is told by, (B, 24, 8h, 8w)."""
+        return self.decoder(z)
+
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) in [-1, 1]."""
-        features = self.decoder(z * self.latent_std + self.latent_mean)
-        votes = self.voter(features.permute(0, 2, 3, 1))
+        """Latents (B, 24, h, w) to pictures (B, 3, 8h, 8w) in [-1, 1]."""
+        votes = self.voter(self.features(z).permute(0, 2, 3, 1))
         shares = (votes * _SHARPNESS).softmax(-1)
         return (shares @ self.palette.to(shares.dtype)).permute(0, 3, 1, 2)
