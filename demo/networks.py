@@ -36,6 +36,7 @@ class Words:
         row = {token: index for index, token in enumerate(self.ids)}
         self.by_word = {w: [row[i] for i in ids] for w, ids in by_word.items()}
         self.start_row, self.end_row = row[self.start], row[self.end]
+        self.empty = self.encode([""])
 
     def encode(self, texts: list[str]) -> Tensor:
         """Rows of the small embedding table and owners (n, 77, 2): start, words, end as padding.
@@ -55,9 +56,9 @@ class Words:
         return out
 
 
-def build_networks(words: Words) -> nn.ModuleDict:
-    """UNet and text encoder, freshly initialised, of ComfyUI's classes."""
-    unet: Any = build_unet().diffusion_model
+def build_networks(words: Words, channels: int) -> nn.ModuleDict:
+    """UNet and text encoder, freshly initialised, of ComfyUI's classes, and names."""
+    unet: Any = build_unet(channels).diffusion_model
     text: Any = comfy.clip_model.CLIPTextModel(
         TEXT_CONFIG, torch.float32, "cpu", comfy.ops.disable_weight_init
     )

@@ -33,6 +33,7 @@ from .sheet import sheet  # noqa: E402
 from .train_autoencoder import AutoencoderConfig, psnr, train_autoencoder  # noqa: E402
 from .train_base import BaseConfig, train_base  # noqa: E402
 from .train_judge import JudgeConfig, train_judge  # noqa: E402
+from .train_state import keep_all  # noqa: E402
 from .world import WEIGHTS, world_weights  # noqa: E402
 
 log = logging.getLogger("demo.train")
@@ -51,11 +52,11 @@ class Plan:
 PLANS = {
     "small": Plan(AutoencoderConfig(), BaseConfig(), JudgeConfig()),
     "large": Plan(
-        AutoencoderConfig(steps=20_000, batch=128, chunks=64),
+        AutoencoderConfig(steps=6000, batch=256, chunks=64),
         BaseConfig(
-            steps=24_000, batch=512, window=64, averaging=0.9995, matrix_rate=0.01, decay_share=0.5
+            minutes=18, batch=1024, window=64, channels=128, averaging=0.9995, report_every=1000
         ),
-        JudgeConfig(steps=6000, chunks=64),
+        JudgeConfig(steps=4000, batch=128, chunks=48),
     ),
 }
 """What two processor cores can do in an afternoon, and what one large GPU can in half an hour."""
@@ -82,6 +83,12 @@ def gather_weights(
     return half
 
 
+def _stop(cache: Path, keep: Path | None) -> None:
+    log.info("time is up; run the same command again to go on")
+    if keep:
+        keep_all(cache, keep)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +97,12 @@ def _arguments() -> argparse.Namespace:
         "--plan", choices=list(PLANS), help="how much; by default what suits the device"
     )
     parser.add_argument("--steps", type=int, help="steps of the text-to-image model")
+    parser.add_argument(
+        "--base-minutes", type=float, help="or how long it learns, all pieces together"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="where to keep a stopped run in small files for another machine"
+    )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="stop after this time; run again to go on"
     )
@@ -108,20 +121,25 @@ def main() -> None:
     device, cache, folder = arguments.device, arguments.cache, arguments.weights
     name = arguments.plan or ("large" if device == "cuda" else "small")
     plan = PLANS[name]
+    how_long = ""
     if arguments.steps:
-        plan = replace(plan, base=replace(plan.base, steps=arguments.steps))
+        plan = replace(plan, base=replace(plan.base, steps=arguments.steps, minutes=0.0))
+        how_long = f" --steps {arguments.steps}"
+    elif arguments.base_minutes:
+        plan = replace(plan, base=replace(plan.base, minutes=arguments.base_minutes))
+        how_long = f" --base-minutes {arguments.base_minutes:g}"
     until = time.time() + 60 * arguments.minutes
     cache.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
     autoencoder = train_autoencoder(cache, plan.autoencoder, device, until)
     if autoencoder is None:
-        log.info("time is up in the autoencoder; run the same command again to go on")
+        _stop(cache, arguments.keep)
         return
     autoencoder.train(False).requires_grad_(False)
-    trainer = train_base(cache, autoencoder, plan.base, device, until)
+    trainer = train_base(cache, autoencoder, plan.base, device, until, name == "large")
     if trainer is None:
-        log.info("time is up in the text-to-image model; run the same command again to go on")
+        _stop(cache, arguments.keep)
         return
     autoencoder = autoencoder.to("cpu")
     weights = gather_weights(trainer.average.state_dict(), Words().ids, autoencoder)
@@ -136,13 +154,13 @@ def main() -> None:
     log.info("captions: %s", figures)
     sheet(pictures[:96], 16, scale=2).save(cache / "captions.png")
     record = {
-        "command": f"python -m demo.train --plan {name} --steps {plan.base.steps}",
+        "command": f"python -m demo.train --plan {name}{how_long}",
         "device": device,
         "autoencoder": {
             **asdict(plan.autoencoder),
             "held_out_psnr_db": round(psnr(autoencoder, to_rgb(load_chunk(-1)[0][:512])), 2),
         },
-        "base": {**asdict(plan.base), "history": trainer.history},
+        "base": {**asdict(plan.base), "steps": trainer.step, "history": trainer.history},
         "judge": {**asdict(plan.judge), **judge_report},
         "captions": figures,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

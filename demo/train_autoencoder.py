@@ -15,7 +15,7 @@ from .muon import Muon, split_parameters
 from .palette import PALETTE
 from .pool import load_chunk, save_atomically
 from .render import to_rgb
-from .train_state import FOLDER, taken_up
+from .train_state import taken_up
 
 log = logging.getLogger("demo.train")
 
@@ -88,7 +88,7 @@ def make_encoder(cache: Path, seed: int, device: str) -> SmallAutoencoder:
     if path.exists():
         model.load_state_dict(torch.load(path, map_location="cpu"))
         return model.requires_grad_(False)
-    begun = taken_up(FOLDER / "encoder.safetensors")
+    begun = taken_up("encoder")
     if begun:
         model.load_state_dict(begun[0]["model"], strict=False)
     model.palette.copy_(PALETTE * 2 - 1)
@@ -117,7 +117,7 @@ class _Trainer:
         self.rest = rest
         self.average = {k: v.clone() for k, v in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
-        begun = taken_up(FOLDER / "autoencoder.safetensors")
+        begun = taken_up("autoencoder")
         if not self.state_path.exists() and begun:
             groups, about = begun
             model.load_state_dict(groups["model"])

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,11 +13,11 @@ from typing import Any
 import comfy.ldm.modules.attention as comfy_attention
 import torch
 from comfyui_perfusion.host.small_autoencoder import SmallAutoencoder
-from comfyui_perfusion.host.small_model import TIMESTEPS, build_unet
+from comfyui_perfusion.host.small_model import CHANNELS, TIMESTEPS, build_unet
 from torch import Tensor, nn
 
 from .attention_maps import attention_loss
-from .base_data import Data, Said, load_data
+from .base_data import SHORT, Data, Said, Speaker, load_data, say
 from .captions import NOUN
 from .muon import Muon, split_parameters
 from .networks import (
@@ -29,21 +30,21 @@ from .networks import (
     velocity,
 )
 from .pool import CHUNK, save_atomically
-from .train_state import FOLDER, taken_up
+from .train_state import taken_up
 
 log = logging.getLogger("demo.train")
-SHORT = 32
-"""Tokens that most training steps make do with, of a prompt's 77."""
 
 
 @dataclass(frozen=True)
 class BaseConfig:
     """What determines the weights (with the autoencoder): recorded beside them."""
 
-    steps: int = 5000
+    steps: int = 9000
+    minutes: float = 0.0
     batch: int = 64
     window: int = 12
     seed: int = 0
+    channels: int = CHANNELS
     matrix_rate: float = 0.012
     other_rate: float = 1e-3
     averaging: float = 0.999
@@ -56,18 +57,15 @@ class BaseConfig:
     attention_weight: float = 0.05
     named_share: float = 0.4
     values_share: float = 0.5
+    report_every: int = 500
 
-    @property
-    def decay_start(self) -> int:
-        """From this step on the rate falls in a line to 2 %.
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of the training is done: by time where ``minutes`` are given, else by steps."""
+        return seconds / (60 * self.minutes) if self.minutes else step / self.steps
 
-        Before it nothing depends on ``steps``: a run can be made longer or shorter while it runs.
-        """
-        return int(self.steps * (1 - self.decay_share))
-
-    def rate(self, step: int) -> float:
-        """Share of the full learning rate at ``step``."""
-        left = (self.steps - step) / max(1, self.steps - self.decay_start)
+    def rate(self, step: int, progress: float) -> float:
+        """Share of the full learning rate: falls in a line to 2 % in the last ``decay_share``."""
+        left = max(0.0, 1 - progress) / self.decay_share
         return min(1.0, (step + 1) / 50, 0.02 + 0.98 * left)
 
     def chunks(self, epoch: int) -> range:
@@ -114,7 +112,7 @@ def contexts(
 
 @torch.no_grad()
 def evaluate(
-    networks: nn.ModuleDict, data: Data, schedule: Tensor, count: int = 512
+    networks: nn.ModuleDict, data: Data, schedule: Tensor, count: int = 256
 ) -> dict[str, float]:
     """Held-out v-loss, what the caption explains of it at middle timesteps, and attention's.
 
@@ -122,14 +120,13 @@ def evaluate(
     """
     g = torch.Generator().manual_seed(3)
     device = schedule.device
-    x, masks = data.latents[0, :count].float().cpu(), data.masks[:count].float()
+    x, masks = data.latents[0, :count].float().cpu(), data.masks[:count].float().cpu()
     t = ((torch.arange(count) + 0.5) / count * TIMESTEPS).long()
     t = t[torch.randperm(count, generator=g)]
     noisy, target = _noised(x, t, schedule.cpu(), torch.randn(x.shape, generator=g))
     everyone, nobody = torch.ones(count, 2).bool(), torch.zeros(count, 2).bool()
-    plain = data.said(0, 0.0).tokens[0, :count].long()
-    proper = data.said(0, 1.0).tokens[0, :count].long()
-    empty = data.words.encode([""]).expand(count, -1, -1)
+    plain, proper = (say(data.words, -1, 0, share).tokens[0, :count].long() for share in (0.0, 1.0))
+    empty = data.words.empty[:, :SHORT].expand(count, -1, -1)
     losses, attention = [], []
     for tokens, named in ((plain, nobody), (empty, nobody), (proper, everyone)):
         parts = []
@@ -141,7 +138,7 @@ def evaluate(
                     networks,
                     rows,
                     owners,
-                    data.looks[part].to(device),
+                    data.looks[part.to(device)],
                     named[part].to(device),
                     everyone[part, 0].to(device),
                 )
@@ -173,7 +170,7 @@ class BaseTrainer:
         self.state_path, self.config, self.device = state_path, config, device
         self.words = Words()
         torch.manual_seed(config.seed)
-        self.networks = build_networks(self.words).to(device)
+        self.networks = build_networks(self.words, config.channels).to(device)
         self.average = copy.deepcopy(self.networks).requires_grad_(False)
         self.schedule = alphas_cumprod(build_unet().model_sampling).to(device)
         self.muon, self.adam, self.by_adam = self._optimisers()
@@ -206,7 +203,7 @@ class BaseTrainer:
         return muon, adam, rest
 
     def _take_up(self) -> None:
-        begun = taken_up(FOLDER / "base.safetensors")
+        begun = taken_up("base")
         if begun:
             groups, about = begun
             self.networks.load_state_dict(groups["networks"])
@@ -217,8 +214,7 @@ class BaseTrainer:
     def _restore(self) -> None:
         saved = torch.load(self.state_path, map_location=self.device)
         old, new, step = BaseConfig(**saved["config"]), self.config, saved["step"]
-        started_alike = replace(old, steps=new.steps) == new
-        if not started_alike or (old != new and step > min(new.decay_start, old.decay_start)):
+        if replace(old, steps=new.steps, minutes=new.minutes) != new:
             raise SystemExit(
                 f"{self.state_path} was made with {old}, not {new}; delete it to start anew"
             )
@@ -240,38 +236,48 @@ class BaseTrainer:
         )
         save_atomically(state, self.state_path)
 
+    @property
+    def progress(self) -> float:
+        """How much of the training is done, 1 at its end."""
+        return self.config.progress(self.step, time.time() - self.started)
+
     def learn(self, data: Data, said: Said, index: Tensor) -> Tensor:
         """One step on the pictures at ``index``; returns its loss."""
-        config, device = self.config, self.device
-        g = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        mirrored = (torch.rand(config.batch, generator=g) < 0.5).long()
-        there, flipped = index.to(data.latents.device), mirrored.to(data.latents.device)
-        x, masks = data.latents[flipped, there].float(), data.masks[there].float()
-        masks = torch.where(flipped.view(-1, 1, 1, 1) > 0, masks.flip(-1), masks)
+        config, device, n = self.config, self.device, self.config.batch
+        seed = config.seed * 1_000_003 + self.step
+        g = torch.Generator(device).manual_seed(seed)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=g, device=device)
+
+        index = index.to(device)
+        mirrored = (uniform(n) < 0.5).long()
+        x, masks = data.latents[mirrored, index].float(), data.masks[index].float()
+        masks = torch.where(mirrored.view(-1, 1, 1, 1) > 0, masks.flip(-1), masks)
         tokens = said.tokens[mirrored, index].long()
-        nothing = torch.rand(config.batch, 1, 1, generator=g) < config.empty_share
-        tokens = torch.where(nothing, data.words.encode([""]), tokens)
-        full_length = self.step >= config.steps * (1 - config.full_length_share)
-        if not full_length and float(torch.rand(1, generator=g)) < config.short_share:
-            tokens = tokens[:, :SHORT]
-        by_values = torch.rand(config.batch, generator=g) < config.values_share
-        strata = (torch.arange(config.batch) + torch.rand(1, generator=g)) / config.batch
-        t = (strata * config.timesteps).long().clamp(max=config.timesteps - 1).to(device)
-        noise = torch.randn(x.shape, generator=g)
-        x, masks, noise, tokens = (a.to(device) for a in (x, masks, noise, tokens))
+        nothing = uniform(n, 1, 1) < config.empty_share
+        tokens = torch.where(nothing, data.words.empty[:, : tokens.shape[1]].to(device), tokens)
+        full_length = self.progress >= 1 - config.full_length_share
+        if full_length or random.Random(seed).random() >= config.short_share:
+            rest = data.words.empty[:, SHORT:].to(device).expand(n, -1, -1)
+            tokens = torch.cat([tokens, rest], 1)
+        by_values = uniform(n) < config.values_share
+        strata = (torch.arange(n, device=device) + uniform(1)) / n
+        t = (strata * config.timesteps).long().clamp(max=config.timesteps - 1)
+        noise = torch.randn(x.shape, generator=g, device=device)
         noisy, target = _noised(x, t, self.schedule, noise)
         self._set_rates()
         weight = 1 + config.thing_weight * masks.amax(1, keepdim=True)
         weight = weight / (1 + 0.2 * config.thing_weight)
         maps: list[Tensor] = []
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             both = contexts(
                 self.networks,
                 tokens[..., 0],
                 tokens[..., 1],
-                data.looks[index].to(device),
-                said.named[index].to(device),
-                by_values.to(device),
+                data.looks[index],
+                said.named[index],
+                by_values,
             )
             found = velocity(self.networks, noisy, t, both, maps).float()
         loss = ((found - target).square() * weight).mean()
@@ -291,49 +297,51 @@ class BaseTrainer:
         return loss.detach()
 
     def _set_rates(self) -> None:
-        factor = self.config.rate(self.step)
+        factor = self.config.rate(self.step, self.progress)
         for group in self.adam.param_groups:
             group["lr"] = self.config.other_rate * factor * group["scale"]
         for group in self.muon.param_groups:
             group["lr"] = self.config.matrix_rate * factor
 
-    def run(self, cache: Path, autoencoder: SmallAutoencoder, until: float) -> bool:
-        """Train to the end of the configuration's steps, or till the time ``until``.
+    def run(self, cache: Path, autoencoder: SmallAutoencoder, until: float, apart: bool) -> bool:
+        """Train to the end, or till the time ``until``; captions in processes ``apart`` or not.
 
         Reports and saves on the way; says whether the end was reached.
         """
         config, running = self.config, None
         per_epoch = config.window * CHUNK // config.batch
         held_out = load_data(cache, autoencoder, self.words, range(-1, 0), self.device)
-        while self.step < config.steps:
+        speaker = Speaker(self.words, config.named_share, self.device, apart)
+        while self.progress < 1:
             epoch, first = divmod(self.step, per_epoch)
+            said = speaker.say(config.chunks(epoch), epoch)
             data = load_data(cache, autoencoder, self.words, config.chunks(epoch), self.device)
-            said = data.said(epoch, config.named_share)
+            speaker.prepare(config.chunks(epoch + 1), epoch + 1)
             log.info("epoch %d begins or goes on at step %d", epoch, self.step)
             batches = _batches(config.window * CHUNK, config.batch, config.seed, epoch)
             for number, index in enumerate(batches):
-                if number < first or self.step >= config.steps:
+                if number < first:
                     continue
                 loss = self.learn(data, said, index)
                 running = loss if running is None else running.lerp(loss, 0.02)
                 seconds = time.time() - self.started
                 if self.step % 50 == 0:
                     log.info(
-                        "base %d/%d  loss %.4f  %.0f s",
+                        "base %d (%.1f %%)  loss %.4f  %.0f s",
                         self.step,
-                        config.steps,
+                        100 * self.progress,
                         float(running),
                         seconds,
                     )
-                late = time.time() > until
-                if self.step % 250 == 0 or self.step == config.steps or late:
+                done, late = self.progress >= 1, time.time() > until
+                if self.step % config.report_every == 0 or done or late:
                     figures = evaluate(self.average, held_out, self.schedule)
                     figures["train"] = float(running)
                     self.history.append({"step": self.step, "seconds": round(seconds), **figures})
                     log.info("held out: %s", self.history[-1])
                     self.save()
-                if late:
-                    return self.step >= config.steps
+                if done or late:
+                    return done
         return True
 
 
@@ -343,8 +351,9 @@ def train_base(
     config: BaseConfig,
     device: str = "cpu",
     until: float = math.inf,
+    apart: bool = False,
 ) -> BaseTrainer | None:
     """Train, or go on where a stopped run was; None where the time ``until`` came first."""
     trainer = BaseTrainer(cache / "base_state.pt", config, device)
-    done = trainer.step >= config.steps or trainer.run(cache, autoencoder.to(device), until)
+    done = trainer.progress >= 1 or trainer.run(cache, autoencoder.to(device), until, apart)
     return trainer if done else None

@@ -34,7 +34,7 @@ HELD_OUT = 64
 class JudgeConfig:
     """What determines the judge's weights: recorded beside them."""
 
-    steps: int = 2400
+    steps: int = 1600
     batch: int = 64
     chunks: int = 12
     first_chunk: int = 500
