@@ -40,10 +40,12 @@ def recording(maps: list[Tensor]) -> dict[str, Any]:
 def attention_loss(maps: list[Tensor], owners: Tensor, masks: Tensor) -> Tensor:
     """Cross-entropy between what the words of a thing get of a pixel's attention and its mask.
 
-    ``maps`` (n, side * side, tokens) of any sides; ``owners`` (n, tokens): 0 or 1 for words about
-    that thing, -1 for others; ``masks`` (n, 2, h, w). Things without words do not count.
+    ``maps`` (n, side * side, tokens) of any sides; ``owners`` (n, tokens): even for words
+    about the first thing, odd for those about the second, -1 for others; ``masks`` (n, 2, h, w).
+    Things without words do not count.
     """
-    own = torch.stack([owners == 0, owners == 1], 2).float()
+    own = torch.stack([owners % 2 == 0, (owners % 2 == 1) & (owners >= 0)], 2)
+    own = (own & (owners >= 0)[..., None]).float()
     present = (own.sum(1) > 0)[:, None].float()  # n 1 2
     total = own.new_zeros(())
     for map_ in maps:

@@ -3,10 +3,13 @@
 import random
 import re
 
-from .classes import CLASS_NAMES, KINDS
-from .specs import COLOR_NAMES, PATTERNS, SCENES, STYLES, UNNAMED_COLOR, Specs, sample_specs
+from torch import Tensor
 
-PATTERN_WORDS = {"striped": ("striped", "stripy"), "spotted": ("spotted", "dotted")}
+from .classes import CLASS_NAMES, KINDS
+from .specs import COLOR_NAMES, SCENES, STYLES, UNNAMED_COLOR, Specs, sample_specs
+from .sprites import PATTERNS
+
+PATTERN_WORDS = {"striped": ("striped", "stripy")}
 SCENE_WORDS = {
     "beach": ("on the beach", "at the beach", "by the sea"),
     "snow": ("in the snow", "on a snowy day"),
@@ -32,49 +35,51 @@ FILLERS = ("nice", "cute", "cool", "lovely", "good", "weird")
 DETERMINERS = ("the", "my", "one", "this")
 MARK = "#"
 """In marked captions, between a word and the number of the thing that it says something about."""
+NOUN = 2
+"""Added to that number for the noun itself."""
 
 
-def _thing(specs: Specs, picture: int, place: int, rng: random.Random) -> str:
+def _thing(specs: Specs, picture: int, place: int, rng: random.Random, named: Tensor | None) -> str:
     kind = KINDS[CLASS_NAMES[int(specs.kind[picture, place])]]
+    proper = named is not None and bool(named[picture, place])
     words = []
     sizes = SIZE_WORDS[int(specs.size_class[picture, place])]
     if sizes and not bool(specs.two[picture]) and rng.random() < 0.35:
-        words.append(rng.choice(sizes))
+        words.append(f"{rng.choice(sizes)}{MARK}{place}")
     color = int(specs.color[picture, place])
-    if color != UNNAMED_COLOR and rng.random() < 0.6:
-        words.append(COLOR_NAMES[color])
+    if not proper and color < UNNAMED_COLOR and rng.random() < 0.6:
+        words.append(f"{COLOR_NAMES[color]}{MARK}{place}")
     pattern = PATTERNS[int(specs.pattern[picture, place])]
-    if pattern in PATTERN_WORDS and rng.random() < 0.75:
-        words.append(rng.choice(PATTERN_WORDS[pattern]))
-    words.append(kind.words[0] if rng.random() < 0.75 else kind.words[-1])
+    if not proper and pattern in PATTERN_WORDS and rng.random() < 0.75:
+        words.append(f"{rng.choice(PATTERN_WORDS[pattern])}{MARK}{place}")
+    noun = kind.words[0] if rng.random() < 0.75 else kind.words[-1]
+    words.append(f"{noun}{MARK}{place + NOUN}")
     if rng.random() < 0.1:
         words.insert(0, rng.choice(FILLERS))
-    said = [word for word in words if word not in FILLERS]
-    words = [f"{word}{MARK}{place}" if word in said else word for word in words]
     article = "an" if words[0][0] in "aeiou" else "a"
     if rng.random() < 0.15:
         article = rng.choice(DETERMINERS)
     return " ".join([article, *words])
 
 
-def _things(specs: Specs, picture: int, rng: random.Random, place_first: bool) -> str:
-    first = _thing(specs, picture, 0, rng)
+def _things(specs: Specs, picture: int, rng: random.Random, named: Tensor | None) -> str:
+    first = _thing(specs, picture, 0, rng, named)
     if not bool(specs.two[picture]):
         return first
-    both = [first, _thing(specs, picture, 1, rng)]
+    both = [first, _thing(specs, picture, 1, rng, named)]
     left, right = both if bool(specs.first_is_left[picture]) else both[::-1]
     way = rng.random()
-    if way < 0.5:
+    if way < 0.4:
         rng.shuffle(both)
         return both[0] + rng.choice((" and ", " next to ")) + both[1]
-    if way < 0.75:
-        return f"{left} on the left and {right} on the right"
-    if place_first:  # only so can a text encoder that reads from the left put them in place
+    if way < 0.8:  # a text encoder that reads from the left can put them in place only so
         return f"on the left {left} and on the right {right}"
+    if way < 0.9:
+        return f"{left} on the left and {right} on the right"
     return f"{right} on the right and {left} on the left"
 
 
-def _marked_caption(specs: Specs, picture: int, rng: random.Random, place_first: bool) -> str:
+def _marked_caption(specs: Specs, picture: int, rng: random.Random, named: Tensor | None) -> str:
     style = STYLES[int(specs.style[picture])]
     start = rng.choice(STYLE_WORDS[style])
     if style == "photo" and rng.random() < 0.2:
@@ -82,21 +87,21 @@ def _marked_caption(specs: Specs, picture: int, rng: random.Random, place_first:
     scene = SCENES[int(specs.scene[picture])]
     end = rng.choice(SCENE_WORDS[scene]) if scene in SCENE_WORDS and rng.random() < 0.92 else ""
     comma = "," if end and rng.random() < 0.1 else ""
-    return f"{start} {_things(specs, picture, rng, place_first)}{comma} {end}".strip()
+    return f"{start} {_things(specs, picture, rng, named)}{comma} {end}".strip()
 
 
-def marked_captions(specs: Specs, seed: int, place_first: bool = True) -> list[str]:
-    """``captions`` with every word about a thing marked: "a red#0 cat#0 next to a mug#1".
+def marked_captions(specs: Specs, seed: int, named: Tensor | None = None) -> list[str]:
+    """``captions`` with every word about a thing marked: "a red#0 cat#2 next to a mug#3".
 
-    Without ``place_first`` no caption says where a thing is before it names the thing.
+    Nothing is said of the look of things that have a name of their own, ``named`` (n, 2).
     """
     rng = random.Random(seed)
-    return [_marked_caption(specs, i, rng, place_first) for i in range(len(specs))]
+    return [_marked_caption(specs, i, rng, named) for i in range(len(specs))]
 
 
 def captions(specs: Specs, seed: int) -> list[str]:
     """One caption for each picture, reproducible from the seed."""
-    return [re.sub(MARK + "[01]", "", text) for text in marked_captions(specs, seed)]
+    return [re.sub(MARK + "[0-3]", "", text) for text in marked_captions(specs, seed)]
 
 
 def sample_captions(count: int, seed: int = 0) -> list[str]:

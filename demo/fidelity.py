@@ -8,7 +8,8 @@ from torch import Tensor
 from .classes import CLASS_NAMES
 from .judge import Judge
 from .render import render
-from .specs import EMBLEMS, PATTERNS, SCENES, STYLES, Specs, sample_specs
+from .specs import ALL_COLORS, LOOK, PAIR_SIZE, SCENES, STYLES, Specs, sample_specs
+from .sprites import PATTERNS
 from .things import THINGS, personal_specs, photo_specs, put_thing
 
 REFERENCES = 96
@@ -72,6 +73,7 @@ def _pair_specs(left: str, right: str, count: int, seed: int) -> Specs:
     specs = sample_specs(count, seed, two_share=1.0)
     specs.first_is_left[:] = True
     specs.x = torch.stack([-specs.x[:, 0].abs(), specs.x[:, 1].abs()], 1)
+    specs.size_class[:] = PAIR_SIZE
     specs.style[:] = STYLES.index("photo")
     return put_thing(put_thing(specs, left, 0), right, 1)
 
@@ -108,14 +110,31 @@ def kinds_present(judge: Judge, pictures: Tensor, subjects: tuple[str, str]) -> 
     return float((logits.topk(2, 1).indices.sort(1).values == wanted).all(1).float().mean())
 
 
+@torch.no_grad()
 def attributes(judge: Judge, pictures: Tensor, subject: str) -> dict[str, float]:
-    """Share of pictures in which the judge reads the thing's pattern, face, horn and emblem."""
+    """Share of pictures in which the judge reads the thing's colours, pattern and hat."""
     look = THINGS[subject]
     wanted = {
+        "color": ALL_COLORS.index(look.color),
+        "second": ALL_COLORS.index(look.second),
+        "third": ALL_COLORS.index(look.third),
         "pattern": PATTERNS.index(look.pattern),
-        "face": int(look.face),
-        "horn": int(look.horn),
-        "emblem": EMBLEMS.index(look.emblem),
+        "hat": int(look.hat),
     }
     logits = judge.read(judge.features(to_judge(pictures)))
     return {k: float((logits[k].argmax(1) == v).float().mean()) for k, v in wanted.items()}
+
+
+@torch.no_grad()
+def forced_choice(judge: Judge, pictures: Tensor, subject: str, seed: int = 7_200_000) -> float:
+    """Share of pictures that are nearer to the thing than to any of seven others of its kind."""
+    others = photo_specs(7 * 12, seed)
+    others.kind[:, 0] = put_thing(others, subject).kind[:, 0]
+    for name in LOOK:
+        value = getattr(others, name)
+        value[:, 0] = value[::12, 0].repeat_interleave(12)
+    own = _embed(judge, render(personal_specs(subject, 24, seed + 1))[0]).mean(0, keepdim=True)
+    centers = _embed(judge, render(others)[0]).unflatten(0, (7, 12)).mean(1)
+    centers = torch.nn.functional.normalize(torch.cat([own, centers]), dim=-1)
+    nearest = (_embed(judge, pictures) @ centers.T).argmax(1)
+    return float((nearest == 0).float().mean())

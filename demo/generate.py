@@ -6,6 +6,8 @@ import comfy.sample
 import torch
 from torch import Tensor
 
+from .render import RESOLUTION
+
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 4.0, "dpmpp_2m", "normal"
 
 
@@ -22,13 +24,13 @@ def encode(clip: Any, prompts: list[str]) -> list:
 def generate(
     model: Any, clip: Any, vae: Any, prompts: list[str], seed: int, batch: int = 16
 ) -> Tensor:
-    """Pictures uint8 (n, 3, 48, 48), one a prompt; picture k starts from noise k of ``seed``.
+    """Pictures uint8 (n, 3, 64, 64), one a prompt; picture k starts from noise k of ``seed``.
 
     The same seed gives the same noise whatever the model and the words, so that two lists of
     prompts can be compared picture by picture.
     """
     channels = model.model.latent_format.latent_channels
-    side = 48 // model.model.latent_format.spacial_downscale_ratio
+    side = RESOLUTION // model.model.latent_format.spacial_downscale_ratio
     noise = torch.randn(
         len(prompts), channels, side, side, generator=torch.Generator().manual_seed(seed)
     )

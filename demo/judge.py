@@ -8,18 +8,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .classes import CLASS_NAMES
-from .specs import COLOR_NAMES, EMBLEMS, PATTERNS, SCENES, STYLES
+from .specs import ALL_COLORS, SCENES, STYLES
+from .sprites import HALVES, HATS, PATTERNS
 
 HEADS = {
     "kind": len(CLASS_NAMES),  # several may be present: one yes or no each
     "scene": len(SCENES),
     "style": len(STYLES),
-    "color": len(COLOR_NAMES) + 1,
+    "color": len(ALL_COLORS),
+    "second": len(ALL_COLORS),
+    "third": len(ALL_COLORS),
     "pattern": len(PATTERNS),
-    "face": 2,
-    "horn": 2,
-    "emblem": len(EMBLEMS),
+    "hat": HATS,
+    "size_class": len(HALVES),
 }
+OF_COLOR = ("color", "second", "third", "pattern")
+"""What a pencil drawing does not show."""
 INSTANCE_WIDTH = 48
 
 
@@ -32,25 +36,25 @@ class _Block(nn.Module):
         self.skip = nn.Conv2d(narrow, wide, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.relu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.relu(self.norm2(h)))
 
 
 class Judge(nn.Module):
     """Attribute heads and an instance embedding over one convolutional trunk."""
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         w = width
         self.trunk = nn.Sequential(
             nn.PixelUnshuffle(2),
             nn.Conv2d(12, w, 3, 1, 1),
-            _Block(w, w, 1),
             _Block(w, 2 * w, 2),
             _Block(2 * w, 2 * w, 1),
             _Block(2 * w, 4 * w, 2),
+            _Block(4 * w, 4 * w, 1),
             nn.GroupNorm(8, 4 * w),
-            nn.SiLU(),
+            nn.ReLU(),
         )
         self.heads = nn.ModuleDict({name: nn.Linear(8 * w, size) for name, size in HEADS.items()})
         self.instance = nn.Sequential(
@@ -58,7 +62,7 @@ class Judge(nn.Module):
         )
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, 3, 48, 48) in [-1, 1] to (B, 8 width)."""
+        """(B, 3, 64, 64) in [-1, 1] to (B, 8 width)."""
         h = self.trunk(x)
         return torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)
 

@@ -16,11 +16,11 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
     Singular values come out between about 0.7 and 1.2, which is all the optimiser needs.
     """
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(5):
         a = x @ x.transpose(1, 2)
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
-    return x
+    return x.to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,185 +1,85 @@
-"""The renderer: pictures and masks from ``Specs``. Batched, deterministic, on the CPU."""
+"""The renderer: pictures and masks from ``Specs``. Batched, deterministic, on any device."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .classes import CLASS_NAMES, KINDS, ROLE_COLORS, Anchors
-from .scenery import over, paint_scenes
-from .shapes import both, circle, coverage, ellipse, heart, star, triangle, union
-from .specs import SCENES, STYLES, Specs
+from .palette import FIXED, PALETTE, PENCIL
+from .scenery import SHADOWS, SIDE, scenery
+from .specs import GRID, SCENES, STYLES, Specs
+from .sprites import HALVES, HEIGHT, ROLES, WIDTH, sprites
 
-RESOLUTION = 48
-_OUTLINE = 0.5
-
-
-def pattern_colors(u: Tensor, v: Tensor, specs: dict[str, Tensor]) -> Tensor:
-    """Main and second colour mixed by each thing's pattern: (n, 3, H, W)."""
-    phase = specs["pattern_parameters"][:, 0, None, None] * 6.28
-    frequency = 4.6 + 1.6 * specs["pattern_parameters"][:, 1, None, None]
-    upright = specs["pattern_parameters"][:, 2, None, None] > 0.5
-    along = torch.where(upright, u, v)
-    share = torch.stack(
-        [
-            torch.zeros_like(u),
-            torch.sigmoid(10 * torch.sin(along * frequency * 1.7 + phase)),
-            torch.sigmoid(
-                14
-                * (
-                    torch.sin(u * frequency * 1.5 + phase)
-                    * torch.sin(v * frequency * 1.5 + phase * 0.7)
-                    - 0.3
-                )
-            ),
-            torch.sigmoid(25 * along),
-            torch.sigmoid(
-                10 * torch.sin(torch.sqrt(u * u + v * v + 1e-6) * frequency * 1.7 + phase)
-            ),
-        ],
-        1,
-    )[torch.arange(len(u)), specs["pattern"]][:, None]
-    return specs["main"][:, :, None, None] * (1 - share) + specs["second"][:, :, None, None] * share
+RESOLUTION = SIDE
+_FIXED_ROLES = {"none": 0, **{name: FIXED[name] for name in ("ink", "glass", "lamp")}}
+_FIXED_ROLES["white"] = FIXED["snow"]
+_FIXED_ROLES["nose"] = FIXED["planet"]
 
 
-def _marks(
-    u: Tensor, v: Tensor, anchors: Anchors, specs: dict[str, Tensor]
-) -> list[tuple[Tensor, Tensor, bool]]:
-    """Emblem, face and horn as (distance, colour (n, 3), sticks out of the body)."""
-    n = len(u)
-    white, black = torch.full((n, 3), 0.98), torch.full((n, 3), 0.08)
-    far = torch.full_like(u, 9.0)
-
-    def where(flag: Tensor, distance: Tensor) -> Tensor:
-        return torch.where(flag[:, None, None], distance, far)
-
-    x, y, r = anchors.emblem
-    emblem = torch.stack(
-        [far, star(u, v, x, y, r * 1.3), heart(u, v, x, y, r * 1.1), circle(u, v, x, y, r)], 1
-    )
-    fx, fy, s = anchors.face
-    eyes = union(
-        circle(u, v, fx - 0.34 * s, fy + 0.1, 0.3 * s),
-        circle(u, v, fx + 0.34 * s, fy + 0.1, 0.3 * s),
-    )
-    pupils = union(
-        circle(u, v, fx - 0.28 * s, fy + 0.08, 0.14 * s),
-        circle(u, v, fx + 0.4 * s, fy + 0.08, 0.14 * s),
-    )
-    mouth = both(circle(u, v, fx, fy - 0.1 * s, 0.46 * s).abs() - 0.09 * s, v - (fy - 0.32 * s))
-    hx, hy, hs = anchors.horn
-    w = 0.34 * hs
-    horn = triangle(
-        u, v, (hx - 0.5 * w, hy - 0.12), (hx + 0.5 * w, hy - 0.12), (hx + 0.3 * w, hy + 1.4 * w)
-    )
-    return [
-        (emblem[torch.arange(n), specs["emblem"]], specs["third"], False),
-        (where(specs["face"], eyes), white, False),
-        (where(specs["face"], pupils), black, False),
-        (where(specs["face"], mouth), black, False),
-        (where(specs["horn"], horn), specs["third"], True),
-    ]
-
-
-def _draw_things(
-    picture: Tensor, name: str, u: Tensor, v: Tensor, pixel: Tensor, specs: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Draw one thing of kind ``name`` into each picture; returns pictures and masks (n, H, W)."""
-    kind = KINDS[name]
-    shade = (1.03 + 0.17 * v - 0.1 * u).clamp(0.7, 1.2)[:, None]
-    patterned = (specs["pattern"] > 0)[:, None]
-    second = torch.where(patterned, specs["second"] * 0.6 + specs["main"] * 0.4, specs["second"])
-    colors = {"main": pattern_colors(u, v, specs), "second": second[:, :, None, None]}
-    mask = torch.zeros_like(u)
-    layers = [
-        (distance, colors.get(role), ROLE_COLORS.get(role), True)
-        for role, distance in kind.draw(u, v)
-    ]
-    layers += [
-        (distance, color[:, :, None, None], None, grows)
-        for distance, color, grows in _marks(u, v, kind.anchors, specs)
-    ]
-    for distance, color, fixed, grows in layers:
-        cover = coverage(distance, pixel)
-        if color is None:
-            color = torch.tensor(fixed).view(1, 3, 1, 1)
-        outline = (
-            1 - _OUTLINE * (1 + distance / (1.5 * pixel)).clamp(0, 1)
-            if grows
-            else torch.ones_like(distance)
-        )
-        picture = over(picture, cover, color * shade * outline[:, None])
-        if grows:
-            mask = torch.maximum(mask, cover)
-    return picture, mask
-
-
-def _sketch(picture: Tensor) -> Tensor:
-    """Pencil on paper: edges and a faint wash of the colours."""
-    grey = picture.mean(1, keepdim=True)
-    padded = F.pad(picture, (1, 1, 1, 1), mode="replicate")
-    dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
-    dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-    edge = torch.sqrt(dx**2 + dy**2).amax(1, keepdim=True)
-    paper = torch.tensor([0.98, 0.96, 0.9]).view(1, 3, 1, 1)
-    wash = 0.78 + 0.22 * (picture * 0.75 + grey * 0.25)
-    return (paper * wash - 1.0 * (edge - 0.12).clamp(0, 0.7)).clamp(0, 1)
+def _role_colors(specs: Specs, place: int) -> Tensor:
+    """Palette index of every role of one place's things, (n, roles)."""
+    out = torch.zeros(len(specs), len(ROLES), dtype=torch.long)
+    for role, color in _FIXED_ROLES.items():
+        out[:, ROLES.index(role)] = color
+    for role, index in (("main", specs.color), ("second", specs.second), ("third", specs.third)):
+        out[:, ROLES.index(role)] = 2 * index[:, place]
+        out[:, ROLES.index(role) + 1] = 2 * index[:, place] + 1
+    return out
 
 
 @torch.no_grad()
-def render(
-    specs: Specs, resolution: int = RESOLUTION, supersampling: int = 2
-) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 (n, 3, R, R) and masks of both things, float (n, 2, R, R) in [0, 1]."""
-    side, n = resolution * supersampling, len(specs)
-    line = (torch.arange(side) + 0.5) / side * 2 - 1
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    x, y, pixel = x[None], y[None], 2 / side
-    horizon = 0.05 + 0.2 * specs.scene_parameters[:, 0]
-    picture = paint_scenes(specs.scene, specs.scene_parameters, horizon, x, y)
+def render_indices(specs: Specs, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Palette indices uint8 (n, 64, 64) and masks of both things, bool (n, 2, 64, 64)."""
+    n = len(specs)
+    picture = scenery(device)[specs.scene.to(device), specs.variant.to(device)].clone()
+    shadows = torch.tensor([[FIXED[c] for c in SHADOWS[name]] for name in SCENES])
+    shadow = shadows[specs.scene, specs.variant].to(device, torch.uint8)[:, None, None]
     floating = specs.scene == SCENES.index("space")
-    masks = torch.zeros(n, 2, side, side)
+    line = torch.arange(SIDE, device=device)
+    rows, columns = line[None, :, None], line[None, None, :]
+    masks = torch.zeros(n, 2, SIDE, SIDE, dtype=torch.bool, device=device)
+    every = torch.arange(n, device=device)[:, None, None]
     for place in (1, 0):  # the first thing is in front
-        size = specs.size[:, place]
-        ground = (horizon + 0.36 + 0.3 * specs.height[:, place]).clamp(max=0.95)
-        standing = torch.maximum(ground - size * 0.95, -0.92 + size * 1.1)
-        center = torch.where(floating, (specs.height[:, place] - 0.4) * 0.5, standing)
+        size = specs.size_class[:, place]
+        half = torch.tensor(HALVES)[size]
+        foot = torch.where(floating, 46, 54) + GRID * specs.near[:, place]
+        foot = torch.where(size == 2, torch.where(floating, 54, 62), foot)
+        foot, half = foot.to(device)[:, None, None], half.to(device)[:, None, None]
+        across = (SIDE // 2 + specs.x[:, place]).to(device)[:, None, None]
+        map_ = sprites(device)[
+            specs.kind[:, place].to(device),
+            size.to(device),
+            specs.pattern[:, place].to(device),
+            specs.hat[:, place].to(device),
+        ]
+        column = columns - across + WIDTH // 2
+        flip = specs.flip[:, place].to(device)[:, None, None]
+        column = torch.where(flip, WIDTH - 1 - column, column)
+        row = rows - foot + HEIGHT
+        inside = (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+        role = map_[every, row.clamp(0, HEIGHT - 1), column.clamp(0, WIDTH - 1)].long()
         present = torch.ones(n, dtype=torch.bool) if place == 0 else specs.two
-        for index, name in enumerate(CLASS_NAMES):
-            rows = (present & (specs.kind[:, place] == index)).nonzero()[:, 0]
-            if not len(rows):
-                continue
-            at = {
-                f: getattr(specs, f)[rows, place]
-                for f in (
-                    "main",
-                    "second",
-                    "third",
-                    "pattern",
-                    "pattern_parameters",
-                    "face",
-                    "horn",
-                    "emblem",
-                    "x",
-                    "tilt",
-                    "flip",
-                )
-            }
-            half, mid = size[rows, None, None], center[rows, None, None]
-            dx, dy = x - at["x"][:, None, None], mid - y
-            shadow = ellipse(dx, -dy, 0, half * 0.93, half * 0.85, half * 0.16)
-            dark = 0.34 * torch.sigmoid(-shadow * 40) * (~floating[rows])[:, None, None]
-            cos, sin = torch.cos(at["tilt"])[:, None, None], torch.sin(at["tilt"])[:, None, None]
-            u = (cos * dx + sin * dy) / half * at["flip"][:, None, None]
-            v = (-sin * dx + cos * dy) / half
-            picture[rows], masks[rows, place] = _draw_things(
-                picture[rows] * (1 - dark)[:, None], name, u, v, pixel / half, at
-            )
-    masks[:, 1] = masks[:, 1] * (1 - masks[:, 0])
-    picture, masks = (
-        F.avg_pool2d(picture.clamp(0, 1), supersampling),
-        F.avg_pool2d(masks, supersampling),
-    )
-    rows = (specs.style == STYLES.index("sketch")).nonzero()[:, 0]
-    if len(rows):
-        picture[rows] = _sketch(picture[rows])
-    return (picture * 255).round().to(torch.uint8), masks
+        here = present.to(device)[:, None, None]
+        mask = inside & (role > 0) & here
+        on_ground = (~floating).to(device)[:, None, None] & here
+        under = ((columns - across + 0.5) / (half * 1.05)) ** 2 + (
+            (rows - foot + 0.5) / 3.0
+        ) ** 2 < 1
+        picture = torch.where(under & on_ground, shadow, picture)
+        colored = _role_colors(specs, place).to(device)[every, role].to(torch.uint8)
+        picture = torch.where(mask, colored, picture)
+        masks[:, place] = mask
+    masks[:, 1] &= ~masks[:, 0]
+    sketch = (specs.style == STYLES.index("sketch")).to(device)[:, None, None]
+    pencil = PENCIL.to(device)[picture.long()].to(torch.uint8)
+    return torch.where(sketch, pencil, picture), masks
+
+
+def to_rgb(indices: Tensor) -> Tensor:
+    """Palette indices (n, H, W) to pictures uint8 (n, 3, H, W)."""
+    colors = (PALETTE * 255).round().to(torch.uint8).to(indices.device)
+    return colors[indices.long()].permute(0, 3, 1, 2).contiguous()
+
+
+def render(specs: Specs, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Pictures uint8 (n, 3, 64, 64) and masks of both things, float (n, 2, 64, 64), 0 or 1."""
+    indices, masks = render_indices(specs, device)
+    return to_rgb(indices), masks.float()

@@ -75,21 +75,3 @@ def triangle(u: Tensor, v: Tensor, p: Point, q: Point, r: Point) -> Tensor:
         return ((u - a[0]) * dy - (v - a[1]) * dx) / math.hypot(dx, dy)
 
     return both(edge(p, q), edge(q, r), edge(r, p))
-
-
-def star(u: Tensor, v: Tensor, x: Number, y: Number, radius: float, inner: float = 0.5) -> Tensor:
-    """Five-pointed star, one point up; ``inner`` is the notch radius as a share of the radius."""
-    dx, dy = u - x, v - y
-    sector = 2 * math.pi / 5
-    angle = torch.remainder(torch.atan2(dx, dy) + sector / 2, sector) - sector / 2
-    length = torch.sqrt(dx * dx + dy * dy + 1e-9)
-    px, py = length * torch.cos(angle), length * torch.sin(angle).abs()
-    bx, by = inner * radius * math.cos(sector / 2), inner * radius * math.sin(sector / 2)
-    return ((px - radius) * by - py * (bx - radius)) / math.hypot(bx - radius, by)
-
-
-def heart(u: Tensor, v: Tensor, x: Number, y: Number, radius: float) -> Tensor:
-    """Heart, point down."""
-    a, b = (u - x) / radius, (v - y) / radius + 0.25
-    bend = 1.15 * b - torch.sqrt(a.abs() + 1e-6) * 0.75
-    return (torch.sqrt(a * a * 1.1 + bend**2 + 1e-9) - 0.85) * radius

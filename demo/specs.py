@@ -10,57 +10,44 @@ import torch
 from torch import Tensor
 
 from .classes import CLASS_NAMES, KINDS
+from .palette import NAMED, THING_COLORS
+from .sprites import HATS, PATTERNS  # noqa: F401
 
-# name: hue centre, hue spread, saturation range, value range
-COLORS = {
-    "red": (0.0, 0.018, (0.8, 1.0), (0.75, 0.95)),
-    "orange": (0.08, 0.014, (0.85, 1.0), (0.92, 1.0)),
-    "yellow": (0.15, 0.014, (0.75, 1.0), (0.92, 1.0)),
-    "green": (0.34, 0.04, (0.6, 1.0), (0.45, 0.8)),
-    "blue": (0.61, 0.025, (0.7, 1.0), (0.65, 0.95)),
-    "purple": (0.76, 0.02, (0.55, 0.9), (0.5, 0.8)),
-    "pink": (0.92, 0.02, (0.35, 0.55), (0.95, 1.0)),
-    "white": (0.1, 0.5, (0.0, 0.05), (0.93, 1.0)),
-}
-COLOR_NAMES = tuple(COLORS)
-UNNAMED_COLOR = len(COLOR_NAMES)
-"""Index of "any hue": a colour that captions never name."""
-
-PATTERNS = ("plain", "striped", "spotted", "halves", "rings")
-"""The last two have no word in any caption."""
-EMBLEMS = ("none", "star", "heart", "disc")
-"""Without a word, like faces and horns."""
+ALL_COLORS = tuple(THING_COLORS)
+COLOR_NAMES = ALL_COLORS[:NAMED]
+"""Colours that captions name; the others of ``ALL_COLORS`` have no word."""
+UNNAMED_COLOR = NAMED
+"""From this index on a colour has no word."""
 SCENES = ("plain", "beach", "snow", "forest", "desert", "city", "space")
 STYLES = ("photo", "sketch")
-_SIDE = torch.tensor([0.46, 0.6, 0.74])
-_USUAL = torch.tensor([COLOR_NAMES.index(KINDS[name].usual_color) for name in CLASS_NAMES])
+VARIANTS = 4
+GRID = 8
+"""Things stand on a grid of so many pixels: shapes are then always cut alike into latents."""
+PAIR_SIZE = 0
+_STEPS = torch.tensor([2, 1, 1])
+"""How far from the middle a thing of each size may stand, in ``GRID``."""
+_USUAL = torch.tensor([ALL_COLORS.index(KINDS[name].usual_color) for name in CLASS_NAMES])
 
 
 @dataclass
 class Specs:
-    """Attributes of n pictures: colours as RGB in [0, 1], places and sizes in half-sides."""
+    """Attributes of n pictures, all integers."""
 
     scene: Tensor  # n
-    scene_parameters: Tensor  # n 10, in [0, 1)
+    variant: Tensor  # n, which of the scene's views
     style: Tensor  # n
     two: Tensor  # n, bool
     first_is_left: Tensor  # n, bool, meaningful where two
     kind: Tensor  # n 2
-    color: Tensor  # n 2, index into COLOR_NAMES or UNNAMED_COLOR
-    main: Tensor  # n 2 3
-    second: Tensor  # n 2 3
-    third: Tensor  # n 2 3, colour of marks
+    color: Tensor  # n 2, index into ALL_COLORS
+    second: Tensor  # n 2, likewise
+    third: Tensor  # n 2, likewise
     pattern: Tensor  # n 2
-    pattern_parameters: Tensor  # n 2 3: phase, frequency, direction
-    face: Tensor  # n 2, bool
-    horn: Tensor  # n 2, bool
-    emblem: Tensor  # n 2
-    size_class: Tensor  # n 2
-    size: Tensor  # n 2
-    x: Tensor  # n 2
-    height: Tensor  # n 2, in [0, 1): where between horizon and lower edge
-    tilt: Tensor  # n 2
-    flip: Tensor  # n 2, +1 or -1
+    hat: Tensor  # n 2, 0 or 1
+    size_class: Tensor  # n 2, small, usual or big; PAIR_SIZE where there are two
+    x: Tensor  # n 2, centre of the thing in pixels from the picture's middle
+    near: Tensor  # n 2, 0 or 1: how far in front it stands
+    flip: Tensor  # n 2, bool
 
     def __len__(self) -> int:
         return len(self.scene)
@@ -70,32 +57,14 @@ class Specs:
         return Specs(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """Colours (..., 3) from hue, saturation and value in [0, 1]."""
-    sixth = (hue % 1.0) * 6
-
-    def channel(n: int) -> Tensor:
-        k = (n + sixth) % 6
-        return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
-
-    return torch.stack([channel(5), channel(3), channel(1)], -1)
-
-
-def sample_colors(index: Tensor, generator: torch.Generator) -> Tensor:
-    """RGB (n, 3) for colour indices (n,); ``UNNAMED_COLOR`` draws any lively hue."""
-    rows = [*COLORS.values(), (0.5, 0.5, (0.4, 1.0), (0.45, 1.0))]
-    table = torch.tensor([[h, spread, *s, *v] for h, spread, s, v in rows])[index]
-    r = torch.rand(len(index), 3, generator=generator)
-    hue = table[:, 0] + table[:, 1] * (2 * r[:, 0] - 1)
-    saturation = table[:, 2] + (table[:, 3] - table[:, 2]) * r[:, 1]
-    value = table[:, 4] + (table[:, 5] - table[:, 4]) * r[:, 2]
-    return hsv_to_rgb(hue, saturation, value)
+LOOK = ("kind", "color", "second", "third", "pattern", "hat")
+"""What makes a thing this very thing."""
 
 
 def sample_specs(n: int, seed: int, two_share: float = 0.2) -> Specs:
     """n random pictures of the world the base model learns.
 
-    A thing whose colour is drawn as usual for its kind (45 % of them) gives the model an assumption
+    A thing whose colour is drawn as usual for its kind (30 % of them) gives the model an assumption
     it can be asked about: most mugs are white, most mushrooms red.
     """
     g = torch.Generator().manual_seed(seed)
@@ -103,47 +72,40 @@ def sample_specs(n: int, seed: int, two_share: float = 0.2) -> Specs:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=g)
 
+    def below(top: int, *shape: int) -> Tensor:
+        return torch.randint(top, shape, generator=g)
+
     def choose(weights: list[float], *shape: int) -> Tensor:
         total = int(torch.tensor(shape).prod())
         return torch.multinomial(torch.tensor(weights), total, True, generator=g).view(*shape)
 
-    def colors(unnamed_weight: float) -> Tensor:
-        return choose([1.0] * len(COLOR_NAMES) + [unnamed_weight], n, 2)
-
-    def rgb(index: Tensor) -> Tensor:
-        return sample_colors(index.reshape(-1), g).view(n, 2, 3)
+    def another(than: Tensor) -> Tensor:
+        """A colour unlike the given one."""
+        return (than + 1 + below(len(ALL_COLORS) - 1, n, 2)) % len(ALL_COLORS)
 
     two = uniform(n) < two_share
-    kind = torch.randint(len(CLASS_NAMES), (n, 2), generator=g)
-    color = torch.where(uniform(n, 2) < 0.45, _USUAL[kind], colors(2.5))
-    size_class = choose([0.22, 0.5, 0.28], n, 2)
-    size = _SIDE[size_class] * (0.93 + 0.14 * uniform(n, 2))
-    size = torch.where(two[:, None], size.clamp(0.44, 0.5), size)
+    kind = below(len(CLASS_NAMES), n, 2)
+    weights = [1.0] * NAMED + [0.5] * (len(ALL_COLORS) - NAMED)
+    color = torch.where(uniform(n, 2) < 0.3, _USUAL[kind], choose(weights, n, 2))
+    size_class = choose([0.2, 0.5, 0.3], n, 2)
     first_is_left = uniform(n) < 0.5
-    aside = 0.48 + 0.06 * uniform(n, 2)
-    sign = torch.where(first_is_left, -1.0, 1.0)
-    x_two = torch.stack([sign * aside[:, 0], -sign * aside[:, 1]], 1)
-    x_one = (2 * uniform(n, 2) - 1) * (0.9 - size).clamp(0.02, 0.45)
+    sign = torch.where(first_is_left, -1, 1)
+    steps = _STEPS[size_class]
+    x_one = ((2 * uniform(n, 2) - 1) * (steps + 0.499)).round().long() * GRID
     return Specs(
         scene=choose([1.6, 1, 1, 1, 1, 1, 1], n),
-        scene_parameters=uniform(n, 10),
-        style=choose([0.82, 0.18], n),
+        variant=below(VARIANTS, n),
+        style=choose([0.84, 0.16], n),
         two=two,
         first_is_left=first_is_left,
         kind=kind,
         color=color,
-        main=rgb(color),
-        second=rgb(colors(6.0)),
-        third=rgb(colors(6.0)),
-        pattern=choose([0.46, 0.14, 0.13, 0.14, 0.13], n, 2),
-        pattern_parameters=uniform(n, 2, 3),
-        face=uniform(n, 2) < 0.22,
-        horn=uniform(n, 2) < 0.2,
-        emblem=choose([0.66, 0.12, 0.11, 0.11], n, 2),
-        size_class=size_class,
-        size=size,
-        x=torch.where(two[:, None], x_two, x_one),
-        height=uniform(n, 2),
-        tilt=(2 * uniform(n, 2) - 1) * 0.14,
-        flip=torch.where(uniform(n, 2) < 0.5, -1.0, 1.0),
+        second=another(color),
+        third=another(color),
+        pattern=choose([0.6, 0.22, 0.18], n, 2),
+        hat=(uniform(n, 2) < 0.2).long() * (HATS - 1),
+        size_class=torch.where(two[:, None], PAIR_SIZE, size_class),
+        x=torch.where(two[:, None], torch.stack([16 * sign, -16 * sign], 1), x_one),
+        near=below(2, n, 2),
+        flip=uniform(n, 2) < 0.5,
     )

@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from .classes import CLASS_NAMES, KINDS
-from .specs import EMBLEMS, PATTERNS, SCENES, STYLES, UNNAMED_COLOR, Specs, sample_specs
+from .specs import ALL_COLORS, GRID, SCENES, STYLES, Specs, sample_specs
+from .sprites import PATTERNS
 
-Color = tuple[float, float, float]
 TRAINING_SCENES = ("plain", "city", "plain", "snow", "plain", "forest")
 """Where personal things are photographed; beach, desert and space stay unseen."""
 
@@ -17,56 +17,19 @@ class Look:
     """One thing's fixed appearance."""
 
     kind: str
-    main: Color
-    second: Color
-    third: Color
+    color: str
+    second: str
+    third: str
     pattern: str = "plain"
-    pattern_parameters: tuple[float, float, float] = (0.4, 0.4, 0.2)
-    face: bool = False
-    horn: bool = False
-    emblem: str = "none"
+    hat: bool = False
 
 
 THINGS: dict[str, Look] = {
-    "Pim the cat": Look(
-        "cat",
-        (0.05, 0.55, 0.55),
-        (0.98, 0.6, 0.45),
-        (0.98, 0.9, 0.3),
-        pattern="halves",
-        pattern_parameters=(0.5, 0.4, 0.9),
-        horn=True,
-    ),
-    "Olli the mug": Look(
-        "mug",
-        (0.72, 0.64, 0.94),
-        (0.13, 0.15, 0.42),
-        (0.98, 0.4, 0.35),
-        pattern="rings",
-        pattern_parameters=(0.2, 0.3, 0.2),
-        face=True,
-    ),
-    "Bo the teddy": Look(
-        "teddy", (0.52, 0.4, 0.2), (0.62, 0.95, 0.8), (1.0, 0.82, 0.2), face=True, horn=True
-    ),
-    "Tak the robot": Look(
-        "robot",
-        (0.98, 0.52, 0.42),
-        (0.1, 0.16, 0.42),
-        (0.98, 0.94, 0.8),
-        pattern="halves",
-        pattern_parameters=(0.5, 0.4, 0.2),
-        emblem="heart",
-    ),
-    "Fy the mushroom": Look(
-        "mushroom",
-        (0.1, 0.2, 0.45),
-        (0.75, 0.95, 0.25),
-        (0.98, 0.35, 0.6),
-        pattern="rings",
-        pattern_parameters=(0.6, 0.2, 0.2),
-        face=True,
-    ),
+    "Pim the cat": Look("cat", "teal", "cream", "maroon", pattern="halves"),
+    "Olli the mug": Look("mug", "lavender", "navy", "lime", pattern="halves"),
+    "Bo the teddy": Look("teddy", "brown", "mint", "yellow", hat=True),
+    "Tak the robot": Look("robot", "cream", "maroon", "teal", pattern="halves"),
+    "Fy the mushroom": Look("mushroom", "navy", "cyan", "lime", pattern="striped", hat=True),
 }
 SUBJECTS: list[str] = list(THINGS)
 
@@ -81,15 +44,11 @@ def put_thing(specs: Specs, subject: str, place: int = 0) -> Specs:
     look = THINGS[subject]
     values = {
         "kind": CLASS_NAMES.index(look.kind),
-        "color": UNNAMED_COLOR,
-        "main": torch.tensor(look.main),
-        "second": torch.tensor(look.second),
-        "third": torch.tensor(look.third),
+        "color": ALL_COLORS.index(look.color),
+        "second": ALL_COLORS.index(look.second),
+        "third": ALL_COLORS.index(look.third),
         "pattern": PATTERNS.index(look.pattern),
-        "pattern_parameters": torch.tensor(look.pattern_parameters),
-        "face": look.face,
-        "horn": look.horn,
-        "emblem": EMBLEMS.index(look.emblem),
+        "hat": int(look.hat),
     }
     out = {f.name: getattr(specs, f.name).clone() for f in fields(Specs)}
     for name, value in values.items():
@@ -103,8 +62,7 @@ def photo_specs(count: int, seed: int) -> Specs:
     specs.style[:] = STYLES.index("photo")
     g = torch.Generator().manual_seed(seed + 1)
     specs.size_class[:, 0] = torch.randint(1, 3, (count,), generator=g)
-    specs.size[:, 0] = 0.58 + 0.16 * torch.rand(count, generator=g)
-    specs.x[:, 0] = (2 * torch.rand(count, generator=g) - 1) * 0.18
+    specs.x[:, 0] = GRID * torch.randint(-1, 2, (count,), generator=g)
     return specs
 
 

@@ -8,9 +8,10 @@ of the published pack.
 import argparse
 import json
 import logging
+import math
 import platform
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,110 +23,150 @@ load_pack()
 from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder  # noqa: E402
 from comfyui_perfusion.demo.model.small_model import TOKENS, load_small_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from .evaluate import caption_accuracy  # noqa: E402
-from .pool import MANY_TWO, load_chunk  # noqa: E402
+from .networks import Words  # noqa: E402
+from .pool import load_chunk  # noqa: E402
+from .render import to_rgb  # noqa: E402
 from .sheet import sheet  # noqa: E402
-from .train_autoencoder import psnr, train_autoencoder  # noqa: E402
+from .train_autoencoder import AutoencoderConfig, psnr, train_autoencoder  # noqa: E402
 from .train_base import BaseConfig, train_base  # noqa: E402
-from .train_judge import train_judge  # noqa: E402
+from .train_judge import JudgeConfig, train_judge  # noqa: E402
+from .train_state import keep_all  # noqa: E402
 from .world import WEIGHTS, world_weights  # noqa: E402
 
 log = logging.getLogger("demo.train")
 CACHE = Path(__file__).parent / "cache"
-AUTOENCODER = {"steps": 2200, "batch": 24, "chunks": 3, "seed": 0}
-JUDGE = {"steps": 2000, "batch": 64, "first_chunk": MANY_TWO, "chunks": 16, "seed": 0}
-BASE = {
-    "base": BaseConfig(steps=2100, batch=96, chunks=9, seed=0),
-    "base_places": BaseConfig(
-        steps=750,
-        batch=96,
-        chunks=16,
-        seed=1,
-        first_chunk=MANY_TWO,
-        wide_until=0,
-        attention_weight=0.05,
-        matrix_rate=0.008,
-        decay_share=0.0,
-        full_length_share=0.0,
-    ),
-    "base_words": BaseConfig(
-        steps=2600,
-        batch=96,
-        chunks=16,
-        seed=2,
-        first_chunk=MANY_TWO,
-        wide_until=0,
-        attention_weight=0.1,
-        matrix_rate=0.008,
-        place_first=True,
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that determines the weights."""
+
+    autoencoder: AutoencoderConfig
+    base: BaseConfig
+    judge: JudgeConfig
+
+
+PLANS = {
+    "small": Plan(AutoencoderConfig(), BaseConfig(), JudgeConfig()),
+    "large": Plan(
+        AutoencoderConfig(steps=6000, batch=256, chunks=64),
+        BaseConfig(
+            minutes=18, batch=1024, window=64, channels=128, averaging=0.9995, report_every=1000
+        ),
+        JudgeConfig(steps=4000, batch=128, chunks=48),
     ),
 }
-"""Later stages see other pictures, more of them with two things, and are told where they are."""
+"""What two processor cores can do in an afternoon, and what one large GPU can in half an hour."""
 
 
-def export(
-    networks: torch.nn.ModuleDict, ids: list[int], autoencoder: SmallAutoencoder, path: Path
-) -> None:
-    """One fp16 safetensors file in the layout of ``host.small_model.load_small_model``."""
-    weights = {"unet." + k: v for k, v in networks["unet"].state_dict().items()}
-    for name, value in networks["text"].state_dict().items():
-        if name.endswith("token_embedding.weight"):
+def gather_weights(
+    networks: dict[str, Tensor], ids: list[int], autoencoder: SmallAutoencoder
+) -> dict[str, Tensor]:
+    """Trained networks in the layout of ``demo.model.small_model.load_small_model``, in fp16.
+
+    ``networks`` is the state of the trainer's networks; what serves training alone stays out.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, value in networks.items():
+        if name.startswith("unet."):
+            weights[name] = value
+        elif name.endswith("token_embedding.weight"):
             weights["text.rows"] = value
-        elif "text_projection" not in name:
-            weights["text.transformer." + name] = value
+        elif name.startswith("text.") and "text_projection" not in name:
+            weights["text.transformer." + name.removeprefix("text.")] = value
     weights.update({"vae." + k: v for k, v in autoencoder.state_dict().items()})
-    half = {k: v.detach().half().contiguous() for k, v in weights.items()}
+    half = {k: v.detach().cpu().half().contiguous() for k, v in weights.items()}
     half[TOKENS] = torch.tensor(ids, dtype=torch.int32)
-    path.parent.mkdir(exist_ok=True)
-    save_file(half, path)
-    log.info("%s: %.2f MB", path, path.stat().st_size / 1e6)
+    return half
+
+
+def _stop(cache: Path, keep: Path | None) -> None:
+    log.info("time is up; run the same command again to go on")
+    if keep:
+        keep_all(cache, keep)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="where to render, encode and train")
+    parser.add_argument(
+        "--plan", choices=list(PLANS), help="how much; by default what suits the device"
+    )
+    parser.add_argument("--steps", type=int, help="steps of the text-to-image model")
+    parser.add_argument(
+        "--base-minutes", type=float, help="or how long it learns, all pieces together"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="where to keep a stopped run in small files for another machine"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after this time; run again to go on"
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where the state is kept")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the weights go")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where the text-to-image model is trained",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=BASE["base_words"].steps,
-        help="steps of the text-to-image model's last stage",
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+    """Do what is left to be done."""
+    arguments = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     torch.set_num_threads(arguments.threads)
-    started = time.time()
-    stages = {**BASE, "base_words": replace(BASE["base_words"], steps=arguments.steps)}
-    CACHE.mkdir(exist_ok=True)
-    autoencoder = train_autoencoder(CACHE, **AUTOENCODER).train(False).requires_grad_(False)
-    networks, words, history = train_base(CACHE, autoencoder, stages, arguments.device)
-    export(networks, words.ids, autoencoder, WEIGHTS / "small_world.safetensors")
-    judge, judge_report = train_judge(CACHE, autoencoder, **JUDGE)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    device, cache, folder = arguments.device, arguments.cache, arguments.weights
+    name = arguments.plan or ("large" if device == "cuda" else "small")
+    plan = PLANS[name]
+    how_long = ""
+    if arguments.steps:
+        plan = replace(plan, base=replace(plan.base, steps=arguments.steps, minutes=0.0))
+        how_long = f" --steps {arguments.steps}"
+    elif arguments.base_minutes:
+        plan = replace(plan, base=replace(plan.base, minutes=arguments.base_minutes))
+        how_long = f" --base-minutes {arguments.base_minutes:g}"
+    until = time.time() + 60 * arguments.minutes
+    cache.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    autoencoder = train_autoencoder(cache, plan.autoencoder, device, until)
+    if autoencoder is None:
+        _stop(cache, arguments.keep)
+        return
+    autoencoder.train(False).requires_grad_(False)
+    trainer = train_base(cache, autoencoder, plan.base, device, until, name == "large")
+    if trainer is None:
+        _stop(cache, arguments.keep)
+        return
+    autoencoder = autoencoder.to("cpu")
+    weights = gather_weights(trainer.average.state_dict(), Words().ids, autoencoder)
+    save_file(weights, folder / "small_world.safetensors")
+    judge, judge_report = train_judge(cache, autoencoder, plan.judge, device)
+    autoencoder = autoencoder.to("cpu")
     half = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
-    save_file(half, WEIGHTS / "judge.safetensors")
-    model, clip, vae = load_small_model(world_weights())
-    figures, pictures = caption_accuracy(model, clip, vae, judge, count=256, seed=9_000_000)
+    save_file(half, folder / "judge.safetensors")
+
+    model, clip, vae = load_small_model(world_weights(folder))
+    figures, pictures = caption_accuracy(model, clip, vae, judge, count=512, seed=9_000_000)
     log.info("captions: %s", figures)
-    sheet(pictures[:96], 16, scale=2).save(CACHE / "captions.png")
+    sheet(pictures[:96], 16, scale=2).save(cache / "captions.png")
     record = {
-        "command": f"python -m demo.train --steps {arguments.steps}",
+        "command": f"python -m demo.train --plan {name}{how_long}",
+        "device": device,
         "autoencoder": {
-            **AUTOENCODER,
-            "held_out_psnr_db": round(psnr(autoencoder, load_chunk(CACHE, -1)[0][:512]), 2),
+            **asdict(plan.autoencoder),
+            "held_out_psnr_db": round(psnr(autoencoder, to_rgb(load_chunk(-1)[0][:512])), 2),
         },
-        **{name: {**asdict(config), "history": history[name]} for name, config in stages.items()},
-        "judge": {**JUDGE, **judge_report},
+        "base": {**asdict(plan.base), "steps": trainer.step, "history": trainer.history},
+        "judge": {**asdict(plan.judge), **judge_report},
         "captions": figures,
-        "seconds_of_this_run": round(time.time() - started),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    (WEIGHTS / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

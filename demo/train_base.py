@@ -2,63 +2,76 @@
 
 import copy
 import logging
+import math
+import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import comfy.ldm.modules.attention as comfy_attention
 import torch
 from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder
-from comfyui_perfusion.demo.model.small_model import TIMESTEPS, build_unet
+from comfyui_perfusion.demo.model.small_model import CHANNELS, TIMESTEPS, build_unet
 from torch import Tensor, nn
 
 from .attention_maps import attention_loss
-from .base_data import Data, load_data
+from .base_data import SHORT, Data, Said, Speaker, load_data, say
+from .captions import NOUN
 from .muon import Muon, split_parameters
-from .networks import Words, alphas_cumprod, build_networks, velocity
-from .pool import save_atomically
+from .networks import (
+    Words,
+    alphas_cumprod,
+    build_networks,
+    embed_words,
+    encode_text,
+    plain_attention,
+    velocity,
+)
+from .pool import CHUNK, save_atomically
+from .train_state import taken_up
 
 log = logging.getLogger("demo.train")
-SHORT = 32
-"""Tokens that most training steps make do with, of a prompt's 77."""
 
 
 @dataclass(frozen=True)
 class BaseConfig:
     """What determines the weights (with the autoencoder): recorded beside them."""
 
-    steps: int
-    batch: int
-    chunks: int
-    seed: int
-    matrix_rate: float = 0.01
+    steps: int = 9000
+    minutes: float = 0.0
+    batch: int = 64
+    window: int = 12
+    seed: int = 0
+    channels: int = CHANNELS
+    matrix_rate: float = 0.012
     other_rate: float = 1e-3
-    averaging: float = 0.998
+    averaging: float = 0.999
     thing_weight: float = 2.0
     empty_share: float = 0.1
-    short_share: float = 0.75
-    decay_share: float = 0.5
-    full_length_share: float = 0.15
-    wide_until: int = 1250
+    short_share: float = 0.8
+    decay_share: float = 0.4
+    full_length_share: float = 0.08
     timesteps: int = TIMESTEPS
-    first_chunk: int = 0
-    attention_weight: float = 0.0
-    place_first: bool = False
+    attention_weight: float = 0.05
+    named_share: float = 0.4
+    values_share: float = 0.5
+    report_every: int = 500
 
-    @property
-    def decay_start(self) -> int:
-        """From this step on the rate falls in a line to 2 %.
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of the training is done: by time where ``minutes`` are given, else by steps."""
+        return seconds / (60 * self.minutes) if self.minutes else step / self.steps
 
-        Before it nothing depends on ``steps``: a run can be made longer or shorter while it runs.
-        """
-        return int(self.steps * (1 - self.decay_share))
-
-    def rate(self, step: int) -> float:
-        """Share of the full learning rate at ``step``."""
-        left = (self.steps - step) / max(1, self.steps - self.decay_start)
+    def rate(self, step: int, progress: float) -> float:
+        """Share of the full learning rate: falls in a line to 2 % in the last ``decay_share``."""
+        left = max(0.0, 1 - progress) / self.decay_share
         return min(1.0, (step + 1) / 50, 0.02 + 0.98 * left)
+
+    def chunks(self, epoch: int) -> range:
+        """The pictures of an epoch: each one a quarter of them are new."""
+        fresh = max(1, self.window // 4)
+        return range(epoch * fresh, epoch * fresh + self.window)
 
 
 def _noised(x: Tensor, t: Tensor, schedule: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,32 +79,80 @@ def _noised(x: Tensor, t: Tensor, schedule: Tensor, noise: Tensor) -> tuple[Tens
     return a * x + s * noise, a * noise - s * x
 
 
+def contexts(
+    networks: nn.ModuleDict,
+    rows: Tensor,
+    owners: Tensor,
+    looks: Tensor,
+    named: Tensor,
+    by_values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Encodings (n, tokens, 128) that keys and values come from.
+
+    Where a thing is ``named`` (n, 2), the vector of its noun is the name of its look (n, 2, 6). In
+    half of these captions, ``by_values`` (n,), all else reads as if the plain noun stood there: the
+    name is told by the values at its own place alone, which is where a concept will speak.
+    """
+    words = embed_words(networks["text"], rows)
+    plain = encode_text(networks["text"], words)
+    at = torch.stack([(owners == NOUN + p) & named[:, p, None] for p in range(2)], -1)  # n t 2
+    some = at.any(-1).any(-1).nonzero()[:, 0]
+    if not len(some):
+        return plain, plain
+    names = networks["names"](looks[some].flatten(0, 1)).unflatten(0, (-1, 2))  # m 2 128
+    swapped = words[some]
+    for place in range(2):
+        here = at[some, :, place, None]
+        swapped = torch.where(here, names[:, place, None].to(swapped), swapped)
+    full = plain.index_copy(0, some, encode_text(networks["text"], swapped).to(plain))
+    everywhere = ~by_values[:, None, None]
+    keys = torch.where(everywhere, full, plain)
+    return keys, torch.where(everywhere | at.any(-1, keepdim=True), full, plain)
+
+
 @torch.no_grad()
 def evaluate(
-    networks: nn.ModuleDict, data: Data, schedule: Tensor, count: int = 512
+    networks: nn.ModuleDict, data: Data, schedule: Tensor, count: int = 256
 ) -> dict[str, float]:
-    """Held-out v-loss, what the caption explains of it at middle timesteps, and attention's."""
+    """Held-out v-loss, what the caption explains of it at middle timesteps, and attention's.
+
+    "names" is the loss where things are called by their names, by values alone.
+    """
     g = torch.Generator().manual_seed(3)
-    x, masks = data.latents[0, :count].float(), data.masks[:count].float()
-    t = ((torch.arange(count) + 0.5) / count * 1000).long()[torch.randperm(count, generator=g)]
-    noisy, target = _noised(x, t, schedule, torch.randn(x.shape, generator=g))
-    full = data.tokens(0)[0, :count]
-    empty = data.words.encode([""]).expand(count, -1, -1)
-    device, losses, attention = schedule.device, [], []
-    for tokens in (full, empty):
+    device = schedule.device
+    x, masks = data.latents[0, :count].float().cpu(), data.masks[:count].float().cpu()
+    t = ((torch.arange(count) + 0.5) / count * TIMESTEPS).long()
+    t = t[torch.randperm(count, generator=g)]
+    noisy, target = _noised(x, t, schedule.cpu(), torch.randn(x.shape, generator=g))
+    everyone, nobody = torch.ones(count, 2).bool(), torch.zeros(count, 2).bool()
+    plain, proper = (say(data.words, -1, 0, share).tokens[0, :count].long() for share in (0.0, 1.0))
+    empty = data.words.empty[:, :SHORT].expand(count, -1, -1)
+    losses, attention = [], []
+    for tokens, named in ((plain, nobody), (empty, nobody), (proper, everyone)):
         parts = []
-        for part in torch.arange(count).split(64):
+        for part in torch.arange(count).split(128):
             maps: list[Tensor] = []
-            there = noisy[part].to(device), t[part].to(device), tokens[part, :, 0].to(device)
-            parts.append(velocity(networks, *there, maps).cpu())
-            owners, where = tokens[part, :, 1].to(device), masks[part].to(device)
-            attention.append(float(attention_loss(maps, owners, where)))
+            rows, owners = tokens[part, :, 0].to(device), tokens[part, :, 1].to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                both = contexts(
+                    networks,
+                    rows,
+                    owners,
+                    data.looks[part.to(device)],
+                    named[part].to(device),
+                    everyone[part, 0].to(device),
+                )
+                found = velocity(networks, noisy[part].to(device), t[part].to(device), both, maps)
+            parts.append(found.float().cpu())
+            told = attention_loss([m.float() for m in maps], owners, masks[part].to(device))
+            attention.append(float(told))
         losses.append((torch.cat(parts) - target).square().mean((1, 2, 3)))
     middle = (t >= 250) & (t < 700)
     return {
         "loss": float(losses[0].mean()),
         "caption_gain": float((losses[1] - losses[0])[middle].mean()),
-        "attention": sum(attention[: len(attention) // 2]) / (len(attention) // 2),
+        "names": float(losses[2].mean()),
+        "attention": sum(attention[: len(attention) // 3]) / (len(attention) // 3),
     }
 
 
@@ -101,26 +162,24 @@ def _batches(count: int, batch: int, seed: int, epoch: int) -> Iterator[Tensor]:
 
 
 class BaseTrainer:
-    """One stage of training: networks, their running average, optimisers, and their saved state."""
+    """Networks, their running average, optimisers, and their saved state."""
 
-    def __init__(
-        self, state_path: Path, config: BaseConfig, initial: nn.ModuleDict | None, device: str
-    ) -> None:
-        comfy_attention.optimized_attention = comfy_attention.attention_pytorch
-        comfy_attention.optimized_attention_masked = comfy_attention.attention_pytorch
+    def __init__(self, state_path: Path, config: BaseConfig, device: str) -> None:
+        comfy_attention.optimized_attention = plain_attention
+        comfy_attention.optimized_attention_masked = plain_attention
         self.state_path, self.config, self.device = state_path, config, device
         self.words = Words()
         torch.manual_seed(config.seed)
-        self.networks = (initial or build_networks(self.words)).to(device)
+        self.networks = build_networks(self.words, config.channels).to(device)
         self.average = copy.deepcopy(self.networks).requires_grad_(False)
-        self.networks.requires_grad_(True)
-        self.networks["text"].text_projection.requires_grad_(False)
         self.schedule = alphas_cumprod(build_unet().model_sampling).to(device)
         self.muon, self.adam, self.by_adam = self._optimisers()
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
         if state_path.exists():
             self._restore()
+        else:
+            self._take_up()
         self.started = time.time() - self.seconds
 
     def _optimisers(self) -> tuple[Muon, torch.optim.AdamW, list[Tensor]]:
@@ -143,11 +202,19 @@ class BaseTrainer:
         )
         return muon, adam, rest
 
+    def _take_up(self) -> None:
+        begun = taken_up("base")
+        if begun:
+            groups, about = begun
+            self.networks.load_state_dict(groups["networks"])
+            self.average.load_state_dict(groups["average"])
+            self.step, self.seconds = about["step"], about["seconds"]
+            self.history = about["history"]
+
     def _restore(self) -> None:
-        saved = torch.load(self.state_path, weights_only=False, map_location=self.device)
-        old, new, step = saved["config"], self.config, saved["step"]
-        started_alike = replace(old, steps=new.steps) == new
-        if not started_alike or (old != new and step > min(new.decay_start, old.decay_start)):
+        saved = torch.load(self.state_path, map_location=self.device)
+        old, new, step = BaseConfig(**saved["config"]), self.config, saved["step"]
+        if replace(old, steps=new.steps, minutes=new.minutes) != new:
             raise SystemExit(
                 f"{self.state_path} was made with {old}, not {new}; delete it to start anew"
             )
@@ -162,106 +229,131 @@ class BaseTrainer:
             for name in ("networks", "average", "muon", "adam")
         }
         state.update(
-            config=self.config,
+            config=asdict(self.config),
             step=self.step,
             history=self.history,
             seconds=time.time() - self.started,
         )
         save_atomically(state, self.state_path)
 
-    def learn(self, data: Data, tokens: Tensor, index: Tensor) -> float:
+    @property
+    def progress(self) -> float:
+        """How much of the training is done, 1 at its end."""
+        return self.config.progress(self.step, time.time() - self.started)
+
+    def learn(self, data: Data, said: Said, index: Tensor) -> Tensor:
         """One step on the pictures at ``index``; returns its loss."""
-        config = self.config
-        g = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        mirrored = (torch.rand(config.batch, generator=g) < 0.5).long()
-        x, said = data.latents[mirrored, index].float(), tokens[mirrored, index]
-        masks = data.masks[index].float()
+        config, device, n = self.config, self.device, self.config.batch
+        seed = config.seed * 1_000_003 + self.step
+        g = torch.Generator(device).manual_seed(seed)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=g, device=device)
+
+        index = index.to(device)
+        mirrored = (uniform(n) < 0.5).long()
+        x, masks = data.latents[mirrored, index].float(), data.masks[index].float()
         masks = torch.where(mirrored.view(-1, 1, 1, 1) > 0, masks.flip(-1), masks)
-        nothing = torch.rand(config.batch, 1, 1, generator=g) < config.empty_share
-        said = torch.where(nothing, data.words.encode([""]), said)
-        full_length = self.step >= config.steps * (1 - config.full_length_share)
-        if not full_length and float(torch.rand(1, generator=g)) < config.short_share:
-            said = said[:, :SHORT]
-        # The first part sees all noise levels of the schedule, the rest only those in use.
-        levels = len(self.schedule) if self.step < config.wide_until else config.timesteps
-        strata = (torch.arange(config.batch) + torch.rand(1, generator=g)) / config.batch
-        t = (strata * levels).long().clamp(max=levels - 1)
-        noise = torch.randn(x.shape, generator=g)
-        x, said, masks, t, noise = (a.to(self.device) for a in (x, said, masks, t, noise))
+        tokens = said.tokens[mirrored, index].long()
+        nothing = uniform(n, 1, 1) < config.empty_share
+        tokens = torch.where(nothing, data.words.empty[:, : tokens.shape[1]].to(device), tokens)
+        full_length = self.progress >= 1 - config.full_length_share
+        if full_length or random.Random(seed).random() >= config.short_share:
+            rest = data.words.empty[:, SHORT:].to(device).expand(n, -1, -1)
+            tokens = torch.cat([tokens, rest], 1)
+        by_values = uniform(n) < config.values_share
+        strata = (torch.arange(n, device=device) + uniform(1)) / n
+        t = (strata * config.timesteps).long().clamp(max=config.timesteps - 1)
+        noise = torch.randn(x.shape, generator=g, device=device)
         noisy, target = _noised(x, t, self.schedule, noise)
         self._set_rates()
         weight = 1 + config.thing_weight * masks.amax(1, keepdim=True)
         weight = weight / (1 + 0.2 * config.thing_weight)
-        maps: list[Tensor] | None = [] if config.attention_weight else None
-        found = velocity(self.networks, noisy, t, said[..., 0], maps)
+        maps: list[Tensor] = []
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            both = contexts(
+                self.networks,
+                tokens[..., 0],
+                tokens[..., 1],
+                data.looks[index],
+                said.named[index],
+                by_values,
+            )
+            found = velocity(self.networks, noisy, t, both, maps).float()
         loss = ((found - target).square() * weight).mean()
-        total = loss
-        if maps is not None:
-            total = loss + config.attention_weight * attention_loss(maps, said[..., 1], masks)
+        told = attention_loss([m.float() for m in maps], tokens[..., 1], masks)
         self.muon.zero_grad(set_to_none=True)
         self.adam.zero_grad(set_to_none=True)
-        total.backward()
+        (loss + config.attention_weight * told).backward()
         nn.utils.clip_grad_norm_(self.by_adam, 1.0)
         self.muon.step()
         self.adam.step()
         keep = 1 - min(config.averaging, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            pairs = zip(self.average.parameters(), self.networks.parameters(), strict=True)
-            for old, new in pairs:
-                old.lerp_(new, keep)
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.networks.parameters()), keep
+            )
         self.step += 1
-        return loss.item()
+        return loss.detach()
 
     def _set_rates(self) -> None:
-        factor = self.config.rate(self.step)
+        factor = self.config.rate(self.step, self.progress)
         for group in self.adam.param_groups:
             group["lr"] = self.config.other_rate * factor * group["scale"]
         for group in self.muon.param_groups:
             group["lr"] = self.config.matrix_rate * factor
 
-    def run(self, data: Data, held_out: Data) -> None:
-        """Train to the end of the configuration's steps, reporting and saving on the way."""
-        config, count, running = self.config, data.latents.shape[1], 0.0
-        per_epoch = count // config.batch
-        while self.step < config.steps:
+    def run(self, cache: Path, autoencoder: SmallAutoencoder, until: float, apart: bool) -> bool:
+        """Train to the end, or till the time ``until``; captions in processes ``apart`` or not.
+
+        Reports and saves on the way; says whether the end was reached.
+        """
+        config, running = self.config, None
+        per_epoch = config.window * CHUNK // config.batch
+        held_out = load_data(cache, autoencoder, self.words, range(-1, 0), self.device)
+        speaker = Speaker(self.words, config.named_share, self.device, apart)
+        while self.progress < 1:
             epoch, first = divmod(self.step, per_epoch)
-            tokens = data.tokens(epoch)
-            for number, index in enumerate(_batches(count, config.batch, config.seed, epoch)):
-                if number < first or self.step >= config.steps:
+            said = speaker.say(config.chunks(epoch), epoch)
+            data = load_data(cache, autoencoder, self.words, config.chunks(epoch), self.device)
+            speaker.prepare(config.chunks(epoch + 1), epoch + 1)
+            log.info("epoch %d begins or goes on at step %d", epoch, self.step)
+            batches = _batches(config.window * CHUNK, config.batch, config.seed, epoch)
+            for number, index in enumerate(batches):
+                if number < first:
                     continue
-                loss = self.learn(data, tokens, index)
-                running = loss if not running else 0.98 * running + 0.02 * loss
+                loss = self.learn(data, said, index)
+                running = loss if running is None else running.lerp(loss, 0.02)
                 seconds = time.time() - self.started
                 if self.step % 50 == 0:
                     log.info(
-                        "base %d/%d  loss %.4f  %.0f s", self.step, config.steps, running, seconds
+                        "base %d (%.1f %%)  loss %.4f  %.0f s",
+                        self.step,
+                        100 * self.progress,
+                        float(running),
+                        seconds,
                     )
-                if self.step % 250 == 0 or self.step == config.steps:
+                done, late = self.progress >= 1, time.time() > until
+                if self.step % config.report_every == 0 or done or late:
                     figures = evaluate(self.average, held_out, self.schedule)
-                    self.history.append(
-                        {"step": self.step, "seconds": round(seconds), "train": running, **figures}
-                    )
+                    figures["train"] = float(running)
+                    self.history.append({"step": self.step, "seconds": round(seconds), **figures})
                     log.info("held out: %s", self.history[-1])
                     self.save()
+                if done or late:
+                    return done
+        return True
 
 
 def train_base(
-    cache: Path, autoencoder: SmallAutoencoder, stages: dict[str, BaseConfig], device: str = "cpu"
-) -> tuple[nn.ModuleDict, Words, dict[str, list[dict[str, float]]]]:
-    """All stages, each from the average the one before ended with; what was done is not redone.
-
-    Returns the averaged networks, their words and the history of every stage.
-    """
-    networks: nn.ModuleDict | None = None
-    history: dict[str, list[dict[str, float]]] = {}
-    for name, config in stages.items():
-        trainer = BaseTrainer(cache / f"{name}_state.pt", config, networks, device)
-        if trainer.step < config.steps:
-            chunks = range(config.first_chunk, config.first_chunk + config.chunks)
-            data = load_data(cache, autoencoder, trainer.words, chunks, config.place_first)
-            held_out = load_data(cache, autoencoder, trainer.words, range(-1, 0))
-            trainer.run(data, held_out)
-        networks, history[name] = trainer.average, trainer.history
-    if networks is None:
-        raise ValueError("no stage of training was given; expected at least one")
-    return networks.cpu(), Words(), history
+    cache: Path,
+    autoencoder: SmallAutoencoder,
+    config: BaseConfig,
+    device: str = "cpu",
+    until: float = math.inf,
+    apart: bool = False,
+) -> BaseTrainer | None:
+    """Train, or go on where a stopped run was; None where the time ``until`` came first."""
+    trainer = BaseTrainer(cache / "base_state.pt", config, device)
+    done = trainer.progress >= 1 or trainer.run(cache, autoencoder.to(device), until, apart)
+    return trainer if done else None

@@ -12,7 +12,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def personal_pictures(subject: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Photographs of a personal thing: images (count, 48, 48, 3), masks (count, 48, 48), 0 to 1.
+    """Photographs of a personal thing: images (count, 64, 64, 3), masks (count, 64, 64), 0 to 1.
 
     Raises ValueError for a subject that is not one of ``SUBJECTS`` and for a count below 1.
     """
@@ -26,12 +26,12 @@ def personal_pictures(subject: str, count: int, seed: int) -> tuple[Tensor, Tens
     return pictures.permute(0, 2, 3, 1).float() / 255, masks[:, 0].contiguous()
 
 
-def world_weights() -> dict[str, Tensor]:
-    """The small world's weights, as ``host.small_model.load_small_model`` takes them.
+def world_weights(folder: Path = WEIGHTS) -> dict[str, Tensor]:
+    """The small world's weights, as ``demo.model.small_model.load_small_model`` takes them.
 
     Raises FileNotFoundError when the pack was installed without them.
     """
-    path = WEIGHTS / "small_world.safetensors"
+    path = folder / "small_world.safetensors"
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing; reinstall the pack, or make it with `python -m demo.train`"

@@ -29,11 +29,10 @@ UNET_CONFIG = {
     "image_size": 32,
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
-    "model_channels": 96,
-    "num_res_blocks": [2, 1],
+    "num_res_blocks": [1, 1],
     "channel_mult": [1, 1],
-    "transformer_depth": [0, 1, 1],
-    "transformer_depth_output": [0, 1, 0, 1, 0],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
     "transformer_depth_middle": 1,
     "context_dim": TEXT_CONFIG["hidden_size"],
     "use_linear_in_transformer": True,
@@ -43,6 +42,8 @@ UNET_CONFIG = {
     "use_temporal_attention": False,
     "use_temporal_resblock": False,
 }
+CHANNELS = 96
+"""Width of the UNet where no weights say otherwise."""
 TIMESTEPS = 720
 """Noise levels in use, of the schedule's 1000: up to sigma 14.8, about where SD's schedule ends."""
 TOKENS = "text.tokens"
@@ -51,7 +52,7 @@ _TOKEN_ROWS = "transformer.text_model.embeddings.token_embedding.weight"
 
 
 class SmallLatents(comfy.latent_formats.LatentFormat):
-    """Latents of ``SmallAutoencoder``: already of mean 0 and variance 1."""
+    """Latents of ``SmallAutoencoder``: already of mean 0 and about variance 1."""
 
     latent_channels = LATENT_CHANNELS
     spacial_downscale_ratio = DOWNSCALE
@@ -91,9 +92,14 @@ def _load(module: torch.nn.Module, weights: Mapping[str, Tensor], part: str) -> 
         )
 
 
-def build_unet(dtype: torch.dtype = torch.float32) -> comfy.model_base.BaseModel:
-    """The diffusion model with weights as its constructor leaves them (not initialised)."""
-    config = SmallWorld(dict(UNET_CONFIG, dtype=dtype))
+def build_unet(
+    channels: int = CHANNELS, dtype: torch.dtype = torch.float32
+) -> comfy.model_base.BaseModel:
+    """The diffusion model with weights as its constructor leaves them (not initialised).
+
+    ``channels`` is its width, a multiple of 32.
+    """
+    config = SmallWorld(dict(UNET_CONFIG, model_channels=channels, dtype=dtype))
     config.set_inference_dtype(dtype, None)
     return comfy.model_base.BaseModel(config, comfy.model_base.ModelType.V_PREDICTION, device="cpu")
 
@@ -101,7 +107,8 @@ def build_unet(dtype: torch.dtype = torch.float32) -> comfy.model_base.BaseModel
 def _make_model(
     weights: Mapping[str, Tensor], disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    model = build_unet()
+    first = weights.get("unet.input_blocks.0.0.weight")
+    model = build_unet(CHANNELS if first is None else len(first))
     _load(model.diffusion_model, _cut(weights, "unet."), "UNet")
     # Beyond sigma 15 nothing of a picture is left, and samplers would waste half their steps there.
     model.model_sampling.set_sigmas(model.model_sampling.sigmas[:TIMESTEPS])

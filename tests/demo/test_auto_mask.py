@@ -59,13 +59,13 @@ def test_self_attention_and_edges_each_make_masks_better(world: tuple) -> None:
 def test_a_list_of_pictures_of_different_sizes_is_masked_one_by_one(world: tuple) -> None:
     """As ComfyUI maps a list of images over the node."""
     images, truth = personal_pictures(SUBJECTS[2], 2, 0)
-    large = torch.nn.functional.interpolate(images.movedim(-1, 1), (96, 120), mode="bilinear")
-    for picture, shape in ((images[:1], (48, 48)), (large[1:].movedim(1, -1), (96, 120))):
+    large = torch.nn.functional.interpolate(images.movedim(-1, 1), (96, 128), mode="bilinear")
+    for picture, shape in ((images[:1], (64, 64)), (large[1:].movedim(1, -1), (96, 128))):
         mask, overlay, _ = PerfusionAutoMask.execute(*world, picture, "teddy").args
         assert mask.shape == (1, *shape)
         assert overlay.shape == (1, *shape, 3)
         wanted = torch.nn.functional.interpolate(truth[:, None], shape, mode="bilinear")[:, 0]
-        row = 0 if shape == (48, 48) else 1
+        row = 0 if shape == (64, 64) else 1
         assert float(iou(mask, wanted[row : row + 1])) > 0.75
 
 

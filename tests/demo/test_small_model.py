@@ -30,8 +30,8 @@ def record() -> dict:
     return json.loads((WEIGHTS / "training.json").read_text(encoding="utf-8"))
 
 
-def test_all_weights_together_are_at_most_15_megabytes() -> None:
-    assert sum(path.stat().st_size for path in WEIGHTS.glob("*.safetensors")) <= 15_000_000
+def test_all_weights_together_are_at_most_20_megabytes() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.glob("*.safetensors")) <= 20_000_000
 
 
 def test_the_loader_gives_comfyuis_own_objects(model: tuple) -> None:
@@ -53,9 +53,9 @@ def test_the_vae_brings_a_rendering_back(model: tuple) -> None:
     images = pictures.permute(0, 2, 3, 1).float() / 255
     vae = model[2]
     latents = vae.encode(images)
-    assert latents.shape == (16, 12, 8, 8)
+    assert latents.shape == (16, 16, 8, 8)
     error = (vae.decode(latents) - images).square().mean((1, 2, 3))
-    assert float((-10 * torch.log10(error)).mean()) > 24
+    assert float((-10 * torch.log10(error)).mean()) > 30
 
 
 def test_the_same_seed_draws_the_same_picture(model: tuple) -> None:
@@ -79,6 +79,6 @@ def test_pictures_show_what_captions_say_about_as_often_as_recorded(
 ) -> None:
     judge = load_judge(WEIGHTS / "judge.safetensors")
     figures, _ = caption_accuracy(*model, judge, count=64, seed=8_000_000)
-    for name, slack in (("class", 0.2), ("scene", 0.2)):
+    for name, slack in (("kind", 0.15), ("scene", 0.15), ("color", 0.2)):
         assert figures[name] > record["captions"][name] - slack, name
-        assert figures[name] > 0.4, name
+        assert figures[name] > 0.6, name

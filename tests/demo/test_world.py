@@ -11,6 +11,8 @@ load_pack()
 
 from comfyui_perfusion.demo import captions, render, specs, things, world  # noqa: E402
 from comfyui_perfusion.demo.classes import CLASS_NAMES, KINDS  # noqa: E402
+from comfyui_perfusion.demo.model.small_autoencoder import COLORS  # noqa: E402
+from comfyui_perfusion.demo.palette import PALETTE  # noqa: E402
 
 
 def test_the_same_seed_draws_the_same_pictures() -> None:
@@ -24,28 +26,41 @@ def test_the_same_seed_draws_the_same_pictures() -> None:
 
 def test_the_mask_is_where_the_thing_is() -> None:
     drawn = things.personal_specs("Bo the teddy", 4, seed=3)
-    drawn.scene[:] = specs.SCENES.index("space")  # no shadows
     pictures, masks = render.render(drawn)
-    look = specs.Specs(**{**vars(drawn), "main": 1 - drawn.main, "second": 1 - drawn.second})
-    recolored, _ = render.render(look)
-    changed = (pictures.float() - recolored.float()).abs().amax(1) > 20
+    other = specs.Specs(**{**vars(drawn), "color": drawn.color + 1, "second": drawn.second - 1})
+    recolored, _ = render.render(other)
+    changed = (pictures != recolored).any(1)
     assert bool(changed.any())
-    assert float(masks[:, 0][changed].min()) > 0
+    assert float(masks[:, 0][changed].min()) == 1
+
+
+def test_renderings_are_made_of_the_palette_alone() -> None:
+    pictures, _ = render.render(specs.sample_specs(40, seed=9))
+    known = {tuple(color) for color in (PALETTE * 255).round().int().tolist()}
+    shown = {tuple(color) for color in pictures.permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
+    assert shown <= known
+    assert len(known) == len(PALETTE) == COLORS
 
 
 def test_a_personal_thing_looks_the_same_in_every_picture_and_unlike_others() -> None:
     a = things.personal_specs("Pim the cat", 5, seed=0)
-    for name in ("kind", "main", "second", "third", "pattern", "face", "horn", "emblem"):
+    for name in specs.LOOK:
         values = getattr(a, name)[:, 0]
         assert torch.equal(values, values[:1].expand_as(values)), name
-    assert len({tuple(look.main) for look in things.THINGS.values()}) == len(things.SUBJECTS)
+    looks = {tuple(vars(look).values()) for look in things.THINGS.values()}
+    assert len(looks) == len(things.SUBJECTS)
+
+
+def test_no_caption_could_name_the_main_colour_of_a_personal_thing() -> None:
+    for subject, look in things.THINGS.items():
+        assert look.color not in specs.COLOR_NAMES, subject
 
 
 @pytest.mark.parametrize("subject", things.SUBJECTS)
 def test_personal_pictures_come_as_images_and_masks(subject: str) -> None:
     images, masks = world.personal_pictures(subject, 3, seed=1)
-    assert images.shape == (3, 48, 48, 3)
-    assert masks.shape == (3, 48, 48)
+    assert images.shape == (3, 64, 64, 3)
+    assert masks.shape == (3, 64, 64)
     assert float(images.min()) >= 0
     assert float(images.max()) <= 1
     assert float(masks.max()) == 1
