@@ -290,7 +290,7 @@ class BaseTrainer:
         self.adam.step()
         keep = 1 - min(config.averaging, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(
+            torch._foreach_lerp_(  # pyright: ignore
                 list(self.average.parameters()), list(self.networks.parameters()), keep
             )
         self.step += 1

@@ -15,13 +15,13 @@ from ..host.training.options import TrainingOptions, captions_of
 from ..host.training.train import Material, covariance_with_progress, train
 from ..perfusion.gated.covariance import Covariance, Positions
 from ..perfusion.text.prompts import captions_for
-from ..perfusion.training.config import DEFAULT_MODE, Mode, TrainingConfig
+from ..perfusion.training.config import Mode, TrainingConfig
 from .kinds import ConceptKind, CovarianceKind, LossMapKind, TrainingOptionsKind
 from .lists import first_or_none, only
 
 CATEGORY = "perfusion/training"
 MODES: dict[str, Mode] = {"twin": "twin_lock", "local": "perfusion"}
-DEFAULT_KEY_LOCK = next(lock for lock, mode in MODES.items() if mode == DEFAULT_MODE)
+DEFAULT_KEY_LOCK = "twin"
 
 
 class PerfusionTrainConcept(io.ComfyNode):

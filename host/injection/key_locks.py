@@ -6,4 +6,4 @@ from typing import Literal, get_args
 
 KeyLock = Literal["twin", "local", "global"]
 KEY_LOCKS: tuple[KeyLock, ...] = get_args(KeyLock)
-DEFAULT_KEY_LOCK: KeyLock = "local"
+DEFAULT_KEY_LOCK: KeyLock = "twin"
