@@ -55,7 +55,7 @@ def test_much_less_is_kept_of_model_and_text(world):
     for checkpointing in (False, True):
         with view_of(world, gradient_checkpointing=checkpointing) as view:
             vectors = {n: v.requires_grad_(True) for n, v in view.initial_embeddings().items()}
-            with Kept(view._text.clip.cond_stage_model) as kept:
+            with Kept(view.clip.cond_stage_model) as kept:
                 encoded = view.encode(["a <thing>", "the <thing>"], vectors)
             text.append(kept.size)
             edit = edit_for(view, encoded)
@@ -127,7 +127,7 @@ def test_a_module_without_blocks_is_refused():
 
 def test_no_weight_of_the_private_copies_takes_gradients(world):
     with view_of(world) as view:
-        modules = view._model, view._text.clip.cond_stage_model
+        modules = view._model, view.clip.cond_stage_model
         gradients(view)
         for module in modules:
             for name, parameter in module.named_parameters():
@@ -164,10 +164,10 @@ def test_nothing_before_the_first_that_reads_the_text_is_differentiated(world):
 def test_without_gradients_to_take_nothing_is_kept(world):
     with view_of(world) as view:
         vectors = view.initial_embeddings()
-        model = view._text.clip.cond_stage_model
+        model = view.clip.cond_stage_model
         with Kept(model) as kept:
             encoded = view.encode(["a <thing>"], vectors)
             edit = edit_for(view, encoded, trainable=False)
             view.errors(batch_of(0), encoded, edit)
         assert kept.size == 0
-        assert len(encoder_models(view._text.clip)) == len(vectors)
+        assert len(encoder_models(view.clip)) == len(vectors)

@@ -35,7 +35,7 @@ def test_what_is_announced_is_kept(worlds, family, checkpointing):
     announced = kept_by_unet(config, ROWS, SIDE // 8, SIDE // 8, 77, torch.float32)
     with view_of(world, gradient_checkpointing=checkpointing) as view:
         vectors = {n: v.requires_grad_(True) for n, v in view.initial_embeddings().items()}
-        with Kept(view._text.clip.cond_stage_model) as text:
+        with Kept(view.clip.cond_stage_model) as text:
             encoded = view.encode(["a <thing>", "the <thing>"], vectors)
         edit = edit_for(view, encoded)
         with Kept(view._model) as model:
