@@ -109,7 +109,8 @@ class PerfusionSetGate(io.ComfyNode):
                     max=2.0,
                     step=0.05,
                     tooltip="How much of the edit is applied. 0 leaves the model exactly as it "
-                    "is; the placeholder then is only its learned word vector.",
+                    "is; the placeholder then is only its learned word vector, with twin lock its "
+                    "everyday word.",
                 ),
             ],
             outputs=[ConceptKind.Output(display_name="concept", tooltip="The changed concept.")],
@@ -178,7 +179,7 @@ class PerfusionApplyConcepts(io.ComfyNode):
         model: Any,
         clip: Any,
         concepts: dict[str, Concept | None] | None = None,
-        key_lock: KeyLock = DEFAULT_KEY_LOCK,
+        key_lock: KeyLock = "local",
     ) -> io.NodeOutput:
         """MODEL, CLIP."""
         chosen = [concept for concept in (concepts or {}).values() if concept is not None]

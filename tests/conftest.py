@@ -29,6 +29,7 @@ NUMERIC = (
     "host/injection/test_gradients.py",
     "host/injection/test_injection.py",
     "host/injection/test_global_lock.py",
+    "host/injection/test_twin_lock.py",
     "host/models/test_native_loss.py",
     "host/pictures/test_auto_mask.py",
     "host/text/test_covariance.py",

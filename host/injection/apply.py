@@ -16,7 +16,7 @@ from ..text.text_encoders import clip_digest
 from ..text.twin_encoder import with_twins
 from .agenda import Agenda
 from .injection import KEY, ConceptInjection, set_injection
-from .key_locks import DEFAULT_KEY_LOCK, KeyLock
+from .key_locks import KeyLock
 
 _LOCK = f"{KEY}_key_lock"
 
@@ -25,7 +25,7 @@ def apply_concepts(
     model: ModelPatcher,
     clip: CLIP,
     concepts: Sequence[Concept],
-    key_lock: KeyLock = DEFAULT_KEY_LOCK,
+    key_lock: KeyLock = "local",
 ) -> tuple[ModelPatcher, CLIP]:
     """A clone of a ModelPatcher and of a CLIP that know these concepts, besides earlier ones.
 

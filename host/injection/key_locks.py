@@ -7,3 +7,4 @@ from typing import Literal, get_args
 KeyLock = Literal["twin", "local", "global"]
 KEY_LOCKS: tuple[KeyLock, ...] = get_args(KeyLock)
 DEFAULT_KEY_LOCK: KeyLock = "twin"
+"""What a new node is set to; a workflow that says nothing keeps meaning local."""
