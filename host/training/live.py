@@ -48,7 +48,8 @@ class LiveProgress:
             return
         context = get_executing_context()
         if context is not None:
-            _send({"node": context.node_id, **self.message(done, now)})
+            where = {"node": context.node_id, "prompt_id": context.prompt_id}
+            _send({**where, **self.message(done, now)})
         self._sent, self._points = now, []
 
     def message(self, done: Progress, now: float) -> dict[str, Any]:

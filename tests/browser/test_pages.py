@@ -22,6 +22,9 @@ from tests.browser.pages import (
 )
 from tests.real_models import CAPTIONS, TRAIN, TRAIN_SDXL, prepare, train_once
 
+# A browser that draws without a graphics card takes its time on a busy machine.
+pytestmark = pytest.mark.timeout(900)
+
 TEMPLATES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 SIZES = ((1600, 1000), (1920, 1080))
 SMALLEST = 8.0  # pixels on screen of the smallest writing

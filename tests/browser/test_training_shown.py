@@ -11,6 +11,9 @@ from dev.chromium import READY, open_interface
 from dev.server import Server
 from tests.browser.pages import keep_picture, open_page, run
 
+# A browser that draws without a graphics card takes its time on a busy machine.
+pytestmark = pytest.mark.timeout(900)
+
 NAME = "01 train a concept"
 STEPS = """steps => {
     const node = window.app.graph.nodes.find(node => node.type === "PerfusionTrainConcept");
