@@ -28,7 +28,7 @@ log = logging.getLogger("demo.train")
 class AutoencoderConfig:
     """What determines the autoencoder's weights: recorded beside them."""
 
-    steps: int = 3000
+    steps: int = 3300
     batch: int = 64
     chunks: int = 12
     seed: int = 0
@@ -124,7 +124,7 @@ class _Trainer:
         begun = taken_up("autoencoder")
         if not self.state_path.exists() and begun:
             groups, about = begun
-            model.load_state_dict(groups["model"])
+            model.load_state_dict(groups["average"])
             self.average = {k: v.to(device) for k, v in groups["average"].items()}
             self.step, self.seconds = about["step"], about["seconds"]
         if self.state_path.exists():
@@ -164,10 +164,11 @@ class _Trainer:
         with torch.autocast(self.device, torch.bfloat16):
             features = self.model.features(z.contiguous(memory_format=torch.channels_last))
             features = features.permute(0, 2, 3, 1).reshape(n, 64 * 64, -1)
-            # Some of the pixels are enough, and a third of the cost: mostly those of things.
+            # Some of the pixels are enough, and a third of the cost: at first those of things.
+            background = 0.15 if self.step < 0.6 * config.steps else 0.5
             things = F.interpolate((masks.float().amax(1, keepdim=True) > 0).float(), (64, 64))
             odds = torch.rand(n, 64 * 64, generator=g).to(self.device) * (
-                0.15 + 0.85 * things.flatten(1)
+                background + (1 - background) * things.flatten(1)
             )
             where = odds.topk(config.pixels, 1, sorted=False).indices
             chosen = features.gather(1, where[..., None].expand(-1, -1, features.shape[-1]))
@@ -221,7 +222,7 @@ def train_autoencoder(
                 100 * float(running),
                 time.time() - started,
             )
-        if time.time() > until or (trainer.step % 250 == 0 and trainer.step < config.steps):
+        if time.time() > until or trainer.step % 250 == 0 or trainer.step == config.steps:
             trainer.save(time.time() - started)
         if time.time() > until:
             return None

@@ -59,7 +59,7 @@ def keep_all(cache: Path, folder: Path = FOLDER) -> None:
         model = torch.load(cache / "encoder.pt", map_location="cpu")
         exact = {k: v for k, v in model.items() if not k.startswith(("decoder", "voter"))}
         keep(folder / "encoder.safetensors", {"model": exact}, {}, torch.float32)
-    for name, groups in (("base", ("networks", "average")), ("autoencoder", ("model", "average"))):
+    for name, groups in (("base", ("networks", "average")), ("autoencoder", ("average",))):
         path = cache / f"{name}_state.pt"
         if path.exists():
             saved = torch.load(path, map_location="cpu")
