@@ -1,7 +1,9 @@
 """The demo's figures: ``python -m demo.measure --output DIR --concept FILE``.
 
 Compares a trained concept with the superclass word and with textual inversion of the same steps,
-puts two concepts trained apart into one picture, and writes ``figures.json`` and contact sheets.
+puts two concepts trained apart into one picture, looks at what should have stayed as it was (the
+superclass word, other words, a thing of the same kind beside it), and writes ``figures.json`` and
+contact sheets.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from comfyui_perfusion.perfusion import (  # noqa: E402
 )
 
 from .captions import sample_captions  # noqa: E402
+from .classes import CLASS_NAMES  # noqa: E402
 from .fidelity import (  # noqa: E402
     attributes,
     half,
@@ -52,7 +55,7 @@ from .world import WEIGHTS, personal_pictures, world_weights  # noqa: E402
 SUBJECT, SECOND = "Bo the teddy", "Olli the mug"
 PLACEHOLDER, SECOND_PLACEHOLDER = "<bo>", "<olli>"
 SEEDS = 4
-LEARNING_RATE = 0.2  # as in the templates: few steps on a small model want larger ones
+LEARNING_RATE = TrainingConfig.learning_rate  # as in the templates
 PROMPTS = (
     ("a photo of a {} on the beach", "beach", "photo"),
     ("a photo of a {} in the desert", "desert", "photo"),
@@ -86,10 +89,11 @@ class World:
             return train_concept(view, config, self.covariance).concept
 
     def pictures(self, concepts: list[Concept], prompts: list[str], seed: int) -> Tensor:
-        """Pictures of prompts with these concepts, uint8 (n, 3, 48, 48)."""
+        """Pictures of prompts with these concepts, uint8 (n, 3, 64, 64)."""
         model, clip = self.model, self.clip
         if concepts:
-            model, clip = apply_concepts(model, clip, concepts)
+            lock = "twin" if all(concept.twin_locked for concept in concepts) else "local"
+            model, clip = apply_concepts(model, clip, concepts, lock)
         return generate(model, clip, self.vae, prompts, seed)
 
 
@@ -136,7 +140,7 @@ def thing_figures(world: World, config: TrainingConfig) -> tuple[dict[str, Any],
 
 
 def photographs_of(subject: str) -> Tensor:
-    """The five training pictures of a thing, uint8 (5, 3, 48, 48)."""
+    """The five training pictures of a thing, uint8 (5, 3, 64, 64)."""
     images = personal_pictures(subject, 5, 0)[0]
     return (images * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
 
@@ -161,6 +165,39 @@ def pair_figures(world: World, concepts: list[Concept]) -> tuple[dict[str, Any],
     return figures, torch.cat(shown)
 
 
+def preservation_figures(world: World, concept: Concept) -> tuple[dict[str, Any], Tensor]:
+    """What applying a concept changes where it is not asked for, and beside one of its kind.
+
+    ``superclass_leak``: how much more like the thing its superclass word becomes; ``other_words``:
+    the mean difference of pictures of other words (0 to 255) and the share of equal ones;
+    ``same_class_pair``: fidelity of the half that shall show the thing and of the other one.
+    """
+    superclass, photos = superclass_of(SUBJECT), [p for p, _, style in PROMPTS if style == "photo"]
+    scale = single_scale(world.judge, SUBJECT)
+    asked = [text.format(superclass) for text in photos for _ in range(SEEDS)]
+    with_it, without = (
+        scale.of(world.judge, world.pictures(used, asked, seed=1)) for used in ([concept], [])
+    )
+    words = [name for name in CLASS_NAMES if name != THINGS[SUBJECT].kind]
+    others = [f"a photo of a {word} {place}" for word in words for place in ("", "on the beach")]
+    found, plain = (world.pictures(used, others, seed=4).float() for used in ([concept], []))
+    difference = (found - plain).abs().mean((1, 2, 3))
+    left, right = pair_scales(world.judge, SUBJECT, SUBJECT)
+    prompts = [p.format(PLACEHOLDER, superclass) for p in PAIR_PROMPTS for _ in range(SEEDS)]
+    pictures = world.pictures([concept], prompts, seed=2)
+    return {
+        "superclass_leak": round(with_it - without, 3),
+        "other_words": {
+            "difference": round(float(difference.mean()), 3),
+            "equal": round(float((difference == 0).float().mean()), 3),
+        },
+        "same_class_pair": {
+            "thing": round(left.of(world.judge, half(pictures, left=True)), 3),
+            "superclass": round(right.of(world.judge, half(pictures, left=False)), 3),
+        },
+    }, pictures[:: SEEDS // 2]
+
+
 def overhead_ratio(world: World, concept: Concept, rounds: int = 7) -> float:
     """Median time of a 20-step picture with one concept over that without, taken in turns."""
 
@@ -170,7 +207,7 @@ def overhead_ratio(world: World, concept: Concept, rounds: int = 7) -> float:
         return time.perf_counter() - started
 
     prompts = [f"a photo of a {superclass_of(SUBJECT)} in the snow"]
-    model, clip = apply_concepts(world.model, world.clip, [concept])
+    model, clip = apply_concepts(world.model, world.clip, [concept], "twin")
     plain, edited = [], []
     for _ in range(rounds):
         plain.append(timed(lambda: generate(world.model, world.clip, world.vae, prompts, 3)))
@@ -189,10 +226,12 @@ def measure(
         "batch_size": 4,
         "learning_rate": LEARNING_RATE,
         "schedule": "cosine",
+        "mode": "twin_lock",
     }
     config = TrainingConfig(PLACEHOLDER, superclass_of(SUBJECT), **shared)
     second = TrainingConfig(SECOND_PLACEHOLDER, superclass_of(SECOND), **shared)
-    inversion = replace(config, mode="textual_inversion")
+    # The vector alone has to carry everything and wants larger steps: the best of three rates.
+    inversion = replace(config, mode="textual_inversion", embedding_learning_rate=1.0)
     figures: dict[str, Any] = {"steps": steps}
     trained = time.time()
     concept = load_concept(concept_path) if concept_path else world.train(SUBJECT, config)
@@ -208,6 +247,8 @@ def measure(
     pairs, pair_pictures = pair_figures(world, [concept, other])
     figures.update(singles)
     figures["two_concepts"] = pairs
+    kept, same_class_pictures = preservation_figures(world, concept)
+    figures.update(kept)
     figures["overhead_ratio"] = overhead_ratio(world, concept)
     if concept_path:
         figures["concept_bytes"] = concept_path.stat().st_size
@@ -221,7 +262,8 @@ def measure(
         sheet(pictures, 8, scale=2).save(output / "things.png")
     sheet(photographs_of(SUBJECT), 5).save(output / "photographs.png")
     sheet(single_pictures, len(PROMPTS), scale=3).save(output / "comparison.png")
-    sheet(pair_pictures, len(PAIR_PROMPTS) * 2, scale=4).save(output / "two_concepts.png")
+    sheet(pair_pictures, len(PAIR_PROMPTS) * 2, scale=3).save(output / "two_concepts.png")
+    sheet(same_class_pictures, len(PAIR_PROMPTS) * 2, scale=3).save(output / "one_of_each.png")
     return figures
 
 
@@ -241,6 +283,12 @@ def table(figures: dict[str, Any]) -> str:
         f"{pair['perfusion']['fidelity_first']:.2f} and {pair['perfusion']['fidelity_second']:.2f} "
         f"(superclass words {pair['superclass']['fidelity_first']:.2f} and "
         f"{pair['superclass']['fidelity_second']:.2f})"
+    )
+    kept, pair = figures["other_words"], figures["same_class_pair"]
+    lines.append(
+        f"with the concept applied: superclass word {figures['superclass_leak']:+.2f} nearer to "
+        f"the thing, other words {kept['difference']:.2f} of 255 apart ({kept['equal']:.0%} equal); "
+        f"the thing beside its kind {pair['thing']:.2f}, its kind {pair['superclass']:.2f}"
     )
     for name, unit in (
         ("train_seconds", "s"),

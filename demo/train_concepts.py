@@ -1,4 +1,4 @@
-"""Make the concepts that templates 2 and 3 use: ``python -m demo.train_concepts``."""
+"""Make the concepts that templates 2 to 5 use: ``python -m demo.train_concepts``."""
 
 import logging
 
@@ -28,7 +28,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     SHIPPED.mkdir(exist_ok=True)
     world = World()
-    for subject, placeholder in ((SUBJECT, PLACEHOLDER), (SECOND, SECOND_PLACEHOLDER)):
+    for subject, placeholder, mode, name in (
+        (SUBJECT, PLACEHOLDER, "twin_lock", "bo"),
+        (SECOND, SECOND_PLACEHOLDER, "twin_lock", "olli"),
+        (SUBJECT, PLACEHOLDER, "perfusion", "bo_local_lock"),
+    ):
         config = TrainingConfig(
             placeholder,
             superclass_of(subject),
@@ -36,8 +40,9 @@ def main() -> None:
             batch_size=4,
             learning_rate=LEARNING_RATE,
             schedule="cosine",
+            mode=mode,
         )
-        path = SHIPPED / f"{placeholder.strip('<>')}.safetensors"
+        path = SHIPPED / f"{name}.safetensors"
         save_concept(world.train(subject, config), path)
         log.info("%s: %d bytes", path, path.stat().st_size)
 

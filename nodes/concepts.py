@@ -179,7 +179,7 @@ class PerfusionApplyConcepts(io.ComfyNode):
         model: Any,
         clip: Any,
         concepts: dict[str, Concept | None] | None = None,
-        key_lock: KeyLock = "local",
+        key_lock: KeyLock = DEFAULT_KEY_LOCK,
     ) -> io.NodeOutput:
         """MODEL, CLIP."""
         chosen = [concept for concept in (concepts or {}).values() if concept is not None]

@@ -51,7 +51,7 @@ METHOD_NEEDS = {"torch", "einops", "safetensors"}
 # Of use where it is installed; imported inside of the function that uses it, never at the top.
 METHOD_MAY_USE = {"perfusion/modules/embedding.py": {"open_clip"}}
 # The trainer of the small world runs from a developer's shell and is not published.
-PUBLISHED_EXCEPT = {"demo/train.py"}
+PUBLISHED_EXCEPT = {"demo/train.py", "demo/train_bundle.py"}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "import_module"}
 UNSAFE_MODULES = ("subprocess", "pickle", "requests", "urllib", "socket", "http", "ctypes")
 
