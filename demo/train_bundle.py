@@ -41,7 +41,8 @@ class _Absent(types.ModuleType):
         return type(name, (), {})
 
 
-for _name in ("", ".container", ".subtitles", ".subtitles.stream", ".codec", ".error", ".video", ".video.reformatter"):
+_names = "|.container|.subtitles|.subtitles.stream|.codec|.error|.video|.video.reformatter"
+for _name in _names.split("|"):
     sys.modules[__name__ + _name] = _Absent(__name__ + _name)
 """
 _START = """#!/bin/sh
