@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .render import RESOLUTION
 
-STEPS, CFG, SAMPLER, SCHEDULER = 20, 4.0, "dpmpp_2m", "normal"
+STEPS, CFG, SAMPLER, SCHEDULER = 20, 2.0, "dpmpp_2m", "normal"
 
 
 def encode(clip: Any, prompts: list[str]) -> list:

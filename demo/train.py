@@ -25,6 +25,7 @@ from comfyui_perfusion.demo.model.small_model import TOKENS, load_small_model  #
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from . import train_state  # noqa: E402
 from .evaluate import caption_accuracy  # noqa: E402
 from .networks import Words  # noqa: E402
 from .pool import load_chunk  # noqa: E402
@@ -33,7 +34,6 @@ from .sheet import sheet  # noqa: E402
 from .train_autoencoder import AutoencoderConfig, psnr, train_autoencoder  # noqa: E402
 from .train_base import BaseConfig, train_base  # noqa: E402
 from .train_judge import JudgeConfig, train_judge  # noqa: E402
-from .train_state import keep_all  # noqa: E402
 from .world import WEIGHTS, world_weights  # noqa: E402
 
 log = logging.getLogger("demo.train")
@@ -86,7 +86,7 @@ def gather_weights(
 def _stop(cache: Path, keep: Path | None) -> None:
     log.info("time is up; run the same command again to go on")
     if keep:
-        keep_all(cache, keep)
+        train_state.keep_all(cache, keep)
 
 
 def _arguments() -> argparse.Namespace:
@@ -105,6 +105,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="stop after this time; run again to go on"
+    )
+    parser.add_argument(
+        "--anew", action="store_true", help="leave what demo/unfinished holds alone"
     )
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the state is kept")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the weights go")
@@ -128,6 +131,8 @@ def main() -> None:
     elif arguments.base_minutes:
         plan = replace(plan, base=replace(plan.base, minutes=arguments.base_minutes))
         how_long = f" --base-minutes {arguments.base_minutes:g}"
+    if arguments.anew:
+        train_state.FOLDER = cache / "nothing"
     until = time.time() + 60 * arguments.minutes
     cache.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,12 +19,32 @@ load_pack()
 
 log = logging.getLogger("demo.train")
 PROVIDED = (
-    "torch torchvision numpy PIL safetensors transformers tokenizers einops tqdm psutil yaml "
+    "torch torchvision torchaudio torchgen pip setuptools _distutils_hack mpmath opt_einsum "
+    "sentencepiece numpy PIL safetensors transformers tokenizers einops tqdm psutil yaml "
     "requests scipy regex packaging filelock huggingface_hub sympy networkx jinja2 "
     "typing_extensions aiohttp yarl multidict attr attrs pydantic triton"
 )
 """Import names that the other machine has of its own."""
+STUBS = ("av",)
+"""Compiled packages that ComfyUI imports and training never uses: an empty name in their place."""
 CODE = ("demo", "host", "perfusion", "nodes", "inprocess.py", "__init__.py")
+_STUB = """import sys
+import types
+
+
+class _Absent(types.ModuleType):
+    __path__ = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+_names = "|.container|.subtitles|.subtitles.stream|.codec|.error|.video|.video.reformatter"
+for _name in _names.split("|"):
+    sys.modules[__name__ + _name] = _Absent(__name__ + _name)
+"""
 _START = """#!/bin/sh
 # Runs or goes on with the training; arguments are those of demo.train.
 cd "$(dirname "$0")" || exit 1
@@ -36,7 +56,9 @@ exec python3 -m demo.train --cache "${CACHE:-cache}" --weights "${WEIGHTS:-weigh
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "cache", "weights", "concepts")
+        ignore = shutil.ignore_patterns(
+            "__pycache__", "*.pyc", "*.so*", "cache", "weights", "concepts"
+        )
         shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignore)
     else:
         shutil.copyfile(source, target)
@@ -63,7 +85,7 @@ def bundle(folder: Path, provided: list[str]) -> int:
     for name in {name.partition(".")[0] for name in sys.modules}:
         module = sys.modules.get(name)
         file = getattr(module, "__file__", None)
-        if not file or "site-packages" not in file or name in provided:
+        if not file or "site-packages" not in file or name in (*provided, *STUBS):
             continue
         path = Path(file)
         if path.suffix != ".py":
@@ -72,6 +94,8 @@ def bundle(folder: Path, provided: list[str]) -> int:
             _copy(path.parent, folder / "packages" / name)
         else:
             _copy(path, folder / "packages" / path.name)
+    for name in STUBS:
+        (folder / "packages" / f"{name}.py").write_text(_STUB, encoding="utf-8")
     (folder / "train.sh").write_text(_START, encoding="utf-8")
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

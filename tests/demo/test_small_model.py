@@ -53,7 +53,7 @@ def test_the_vae_brings_a_rendering_back(model: tuple) -> None:
     images = pictures.permute(0, 2, 3, 1).float() / 255
     vae = model[2]
     latents = vae.encode(images)
-    assert latents.shape == (16, 16, 8, 8)
+    assert latents.shape == (16, 24, 8, 8)
     error = (vae.decode(latents) - images).square().mean((1, 2, 3))
     assert float((-10 * torch.log10(error)).mean()) > 30
 
