@@ -287,7 +287,8 @@ def table(figures: dict[str, Any]) -> str:
     kept, pair = figures["other_words"], figures["same_class_pair"]
     lines.append(
         f"with the concept applied: superclass word {figures['superclass_leak']:+.2f} nearer to "
-        f"the thing, other words {kept['difference']:.2f} of 255 apart ({kept['equal']:.0%} equal); "
+        f"the thing, other words {kept['difference']:.2f} of 255 apart "
+        f"({kept['equal']:.0%} equal); "
         f"the thing beside its kind {pair['thing']:.2f}, its kind {pair['superclass']:.2f}"
     )
     for name, unit in (

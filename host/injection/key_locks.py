@@ -7,4 +7,4 @@ from typing import Literal, get_args
 KeyLock = Literal["twin", "local", "global"]
 KEY_LOCKS: tuple[KeyLock, ...] = get_args(KeyLock)
 DEFAULT_KEY_LOCK: KeyLock = "twin"
-"""What a new node is set to; a workflow that says nothing keeps meaning local."""
+"""The best on likeness and on what should stay as it is, together."""
