@@ -39,7 +39,7 @@ def test_a_list_of_pictures_of_different_sizes_is_masked_each_at_its_own(
     run = client.run(prompt)
     assert run.status == "execution_success", run.error
     masks = [Image.open(io.BytesIO(client.picture(each))) for each in run.images("output")]
-    assert [mask.size for mask in masks] == [(48, 48), (96, 72), (96, 72)]
+    assert [mask.size for mask in masks] == [(64, 64), (96, 72), (96, 72)]
     for mask in masks:
         levels = list(mask.convert("L").getdata())
         assert 0.1 < sum(levels) / len(levels) / 255 < 0.5

@@ -75,7 +75,7 @@ def test_a_server_with_only_the_published_files_has_all_nodes_and_loads_the_smal
                 },
                 "3": {
                     "class_type": "EmptyLatentImage",
-                    "inputs": {"width": 48, "height": 48, "batch_size": 1},
+                    "inputs": {"width": 64, "height": 64, "batch_size": 1},
                 },
                 "4": {
                     "class_type": "KSampler",

@@ -247,7 +247,7 @@ def test_models_and_parts_that_do_not_fit_are_refused(worlds, world):
         masks_of((joint, *world[1:]))
     with pytest.raises(UnsupportedModelError, match="expected the text encoders clip_l"):
         masks_of((world[0], worlds.clip("sd2"), world[2]))
-    with pytest.raises(ValueError, match=r"VAE of 4 latent channels.*found 12"):
+    with pytest.raises(ValueError, match=r"VAE of 4 latent channels.*found 24"):
         masks_of((*world[:2], load_small_model(world_weights())[2]))
 
 

@@ -73,7 +73,7 @@ def test_a_finished_run_has_concepts_pictures_losses_and_a_state(small, folder):
     assert load_concept(run / FINAL).placeholder == "<bo>"
     assert load_state(run / STATE).step == STEPS
     with Image.open(run / "sample_00004.png") as picture:
-        assert picture.size == (48, 48)
+        assert picture.size == (64, 64)
 
 
 def test_the_same_training_gives_the_same_files_byte_for_byte(small, folder):

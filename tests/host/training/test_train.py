@@ -26,7 +26,7 @@ from tests.host.small_training import (
 from tests.host.training.test_selection import build_vision
 
 PROMPTS = ("a {} on the beach", "a <bo> in the snow")
-SIDE = 48
+SIDE = 64
 SEED = 3
 
 
@@ -151,8 +151,11 @@ def test_pictures_of_different_sizes_and_their_captions_are_trained_on(small, fo
     ("changes", "message"),
     [
         ({"mask": [torch.ones(3, SIDE, SIDE)]}, "a mask for each of the 2 images"),
-        ({"mask": [torch.zeros(2, SIDE, SIDE)]}, "the mask of image 0 is empty"),
-        ({"mask": [torch.ones(2, SIDE, 40)]}, "expected a mask of 48x48 for image 0"),
+        (
+            {"images": [torch.rand(2, 72, 72, 3)], "mask": [torch.zeros(2, 72, 72)]},
+            "the mask of image 0 is empty",
+        ),
+        ({"mask": [torch.ones(2, SIDE, 40)]}, "expected a mask of 64x64 for image 0"),
         ({"captions": ["a <bo>"]}, "one for each of the 2 images, found 1"),
         ({"captions": ["a <bo>", "a teddy"]}, "caption 2: expected the placeholder <bo>"),
         ({"captions": ["a <bo>", ""]}, "caption 2: expected the placeholder <bo>"),
