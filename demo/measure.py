@@ -230,7 +230,7 @@ def measure(
     }
     config = TrainingConfig(PLACEHOLDER, superclass_of(SUBJECT), **shared)
     second = TrainingConfig(SECOND_PLACEHOLDER, superclass_of(SECOND), **shared)
-    # The vector alone has to carry everything and wants larger steps: the best of three rates.
+    # The vector alone has to carry everything and wants larger steps.
     inversion = replace(config, mode="textual_inversion", embedding_learning_rate=1.0)
     figures: dict[str, Any] = {"steps": steps}
     trained = time.time()

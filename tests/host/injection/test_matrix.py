@@ -20,6 +20,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
+from comfyui_perfusion.host.text.twin import untwined
 from comfyui_perfusion.perfusion import edit_projection
 
 import nodes as comfy_nodes
@@ -74,7 +75,11 @@ def with_controlnet(worlds, family, positive, negative):
     control = worlds.controlnet(f"{family}_light", 4)
     hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     apply = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet
-    return apply(positive, negative, control, hint, 0.9, 0.0, 1.0)
+    both = apply(positive, negative, control, hint, 0.9, 0.0, 1.0)
+    # ControlNets read the everyday word; the pure model has to be told so.
+    return tuple(
+        [[c, {**d, "cross_attn_controlnet": untwined(c)[1]}] for c, d in each] for each in both
+    )
 
 
 def in_regions(worlds, family, positive, negative):
