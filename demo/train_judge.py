@@ -122,7 +122,8 @@ def train_judge(
         judge.load_state_dict(saved["judge"])
         return judge.train(False).requires_grad_(False), saved["report"]
     torch.manual_seed(config.seed)
-    judge = Judge().to(device).to(memory_format=torch.channels_last)
+    judge = Judge().to(device)
+    judge.to(memory_format=torch.channels_last)  # pyright: ignore
     autoencoder = autoencoder.to(device)
     scale = torch.nn.Parameter(torch.tensor(2.3, device=device))
     matrices, rest = split_parameters(judge.named_parameters(), ("heads.",))

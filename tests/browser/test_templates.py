@@ -48,7 +48,7 @@ def inputs_only(prompt: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_templates_are_numbered_and_all_of_them_are_laid_out() -> None:
     layouts = json.loads((ROOT / "dev" / "templates.json").read_text(encoding="utf-8"))
-    assert sorted(layouts) == TEMPLATES
+    assert sorted(layouts.keys() - {"reserve"}) == TEMPLATES
     assert all(name.split(" ")[0].isdigit() for name in TEMPLATES)
 
 
