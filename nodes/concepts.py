@@ -32,7 +32,6 @@ class PerfusionLoadConcept(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionLoadConcept",
             display_name="Load Concept (Perfusion)",
@@ -76,7 +75,6 @@ class PerfusionSetGate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionSetGate",
             display_name="Set Concept Gate (Perfusion)",
@@ -129,7 +127,6 @@ class PerfusionApplyConcepts(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         concepts = io.Autogrow.TemplatePrefix(
             ConceptKind.Input("concept", tooltip="A concept to use."),
             prefix="concept",
@@ -191,7 +188,6 @@ class PerfusionSaveConcept(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionSaveConcept",
             display_name="Save Concept (Perfusion)",
@@ -238,7 +234,6 @@ class PerfusionConceptInfo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionConceptInfo",
             display_name="Concept Info (Perfusion)",

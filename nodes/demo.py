@@ -16,7 +16,6 @@ class PerfusionDemoModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionDemoModel",
             display_name="Load Demo Model (Perfusion)",
@@ -42,7 +41,6 @@ class PerfusionDemoImages(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionDemoImages",
             display_name="Demo Images (Perfusion)",

@@ -14,7 +14,6 @@ class PerfusionScheduleGate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Id, inputs and outputs."""
         return io.Schema(
             node_id="PerfusionScheduleGate",
             display_name="Schedule Concept Gate (Perfusion)",
