@@ -189,7 +189,7 @@ def train_judge(
                 time.time() - started,
             )
     judge.load_state_dict(average)
-    judge = judge.to("cpu", memory_format=torch.contiguous_format)
+    judge = judge.to("cpu", memory_format=torch.contiguous_format)  # pyright: ignore
     judge.train(False).requires_grad_(False)
     autoencoder = autoencoder.to("cpu")
     pictures, specs = load_chunk(-1)[0][:2048], chunk_specs(-1).take(slice(0, 2048))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
@@ -147,7 +147,7 @@ def check_key_lock(model: ModelPatcher, active: Sequence[Concept], key_lock: Key
         )
 
 
-def check_concept(concept: Concept, model: Any, family: Family) -> None:
+def check_concept(concept: Concept, model: BaseModel, family: Family) -> None:
     """Make sure a concept was trained for this family and for these very layers.
 
     Raises:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from comfy.model_base import BaseModel
 from torch import Tensor
 
 
 def extra_conditions(
-    model: Any, noisy: Tensor, device: torch.device, pooled: Tensor | None, size: tuple[int, int]
+    model: BaseModel,
+    noisy: Tensor,
+    device: torch.device,
+    pooled: Tensor | None,
+    size: tuple[int, int],
 ) -> dict[str, Tensor]:
     """Keyword arguments of a BaseModel's `apply_model` for latents (B, C, h, w).
 

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 # How many values of each weight tell one model from another.
@@ -14,7 +15,7 @@ _HASHED_VALUES = 16
 _MAY_BE_UNFILLED = "text_projection.weight"
 
 
-def weights_digest(patcher: Any, more: str = "") -> str:
+def weights_digest(patcher: ModelPatcher, more: str = "") -> str:
     """16 hexadecimal digits for the weights of a patcher, the patches on it, and some text.
 
     Of every weight, values spread over all of it are looked at; except of the projection with
@@ -35,7 +36,7 @@ def weights_digest(patcher: Any, more: str = "") -> str:
     return content.hexdigest()[:16]
 
 
-def _unpatched(patcher: Any, key: str, weight: Tensor) -> Tensor:
+def _unpatched(patcher: ModelPatcher, key: str, weight: Tensor) -> Tensor:
     """A weight as it is without patches, which are part of it while they are loaded."""
     if key in patcher.hook_backup:
         return patcher.hook_backup[key][0]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import BaseModel
+from comfy.sd import CLIP
 
 
 class UnsupportedModelError(ValueError):
@@ -111,13 +113,13 @@ def family_named(name: str) -> Family | None:
     return next((family for family in FAMILIES if family.name == name), None)
 
 
-def describe_model(model: Any) -> str:
+def describe_model(model: BaseModel) -> str:
     """How a model is called in messages: its class and that of its configuration."""
     config = type(getattr(model, "model_config", None)).__name__
     return f"{type(model).__name__} (configuration {config})"
 
 
-def cross_attentions(model: Any) -> tuple[CrossAttention, ...]:
+def cross_attentions(model: BaseModel) -> tuple[CrossAttention, ...]:
     """Every cross-attention over the text in a ComfyUI BaseModel, in module order.
 
     Raises:
@@ -146,7 +148,7 @@ def cross_attentions(model: Any) -> tuple[CrossAttention, ...]:
     return tuple(found)
 
 
-def family_of(model: Any) -> Family:
+def family_of(model: BaseModel) -> Family:
     """The family of a ComfyUI BaseModel, by its structure and the width of its text.
 
     Raises:
@@ -167,7 +169,7 @@ def family_of(model: Any) -> Family:
     return matches[0]
 
 
-def encoder_models(clip: Any) -> dict[str, Any]:
+def encoder_models(clip: CLIP) -> dict[str, Any]:
     """The text encoders of a ComfyUI CLIP by name ("l", "g", "h"), as their SDClipModel."""
     return {
         name.removeprefix(_CLIP_PREFIX): module
@@ -181,7 +183,7 @@ def embedding_width(encoder: Any) -> int:
     return int(encoder.transformer.get_input_embeddings().weight.shape[1])
 
 
-def check_clip(clip: Any, family: Family) -> None:
+def check_clip(clip: CLIP, family: Family) -> None:
     """Make sure a ComfyUI CLIP has the encoders of a family.
 
     Raises:
@@ -196,7 +198,7 @@ def check_clip(clip: Any, family: Family) -> None:
         )
 
 
-def family_of_clip(clip: Any) -> Family:
+def family_of_clip(clip: CLIP) -> Family:
     """The family whose text encoders a ComfyUI CLIP has.
 
     Raises:

@@ -7,10 +7,10 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import torch
+from comfy.sd import CLIP
 
 from ...perfusion.files.safe_file import FileFormatError
 from ...perfusion.gated.covariance import Covariance, CovarianceAccumulator, Positions
@@ -27,7 +27,7 @@ OnProgress = Callable[[int, int], None]
 
 
 def measure_covariance(
-    clip: Any,
+    clip: CLIP,
     captions: Iterable[str],
     on_progress: OnProgress | None = None,
     positions: Positions = "words",
@@ -66,7 +66,7 @@ def measure_covariance(
 
 
 def covariance_of(
-    clip: Any,
+    clip: CLIP,
     source: CaptionSource,
     on_progress: OnProgress | None = None,
     positions: Positions = "words",

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
@@ -35,7 +36,7 @@ class PlaceholderError(ValueError):
     """A placeholder word that cannot be used."""
 
 
-def is_existing_word(clip: Any, word: str) -> bool:
+def is_existing_word(clip: CLIP, word: str) -> bool:
     """Whether every text encoder's vocabulary knows `word` as one single token."""
     sections = clip.tokenizer.tokenize_with_weights(word)
     counts = []
@@ -46,7 +47,7 @@ def is_existing_word(clip: Any, word: str) -> bool:
     return all(count == 1 for count in counts)
 
 
-def embedding_file(clip: Any, word: str) -> Path | None:
+def embedding_file(clip: CLIP, word: str) -> Path | None:
     """The embedding file that "embedding:<word>" in a prompt stands for, if there is one."""
     for name in encoder_models(clip):
         places = getattr(clip.tokenizer, f"clip_{name}").embedding_directory or ()
@@ -57,7 +58,7 @@ def embedding_file(clip: Any, word: str) -> Path | None:
     return None
 
 
-def with_placeholders(clip: Any, concepts: Sequence[Concept], twin_lock: bool = False) -> Any:
+def with_placeholders(clip: CLIP, concepts: Sequence[Concept], twin_lock: bool = False) -> Any:
     """A clone of a ComfyUI CLIP whose prompts know the concepts' placeholders.
 
     Under twin lock a placeholder stands for as many tokens as its superclass has (`twin_vectors`).
@@ -92,7 +93,7 @@ def with_placeholders(clip: Any, concepts: Sequence[Concept], twin_lock: bool = 
     return clip if concepts else clip.clone()
 
 
-def serve_vectors(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> Any:
+def serve_vectors(clip: CLIP, placeholder: str, vectors: Mapping[str, Tensor]) -> Any:
     """A clone of a CLIP that puts `vectors` (encoder -> (dim,) or (n, dim)) for a word.
 
     Raises:
