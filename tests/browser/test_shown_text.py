@@ -29,7 +29,8 @@ def test_text_and_picture_of_a_concept_stand_on_its_node_and_not_in_the_workflow
     ((text, read_only, height),) = page.evaluate(SHOWN)
     assert text.startswith("trigger phrase: <bo>\nsuperclass: teddy\n")
     assert read_only
-    assert height > 80
+    # A node grows only where nothing gets covered; below this a text cannot be read (show_text.js).
+    assert height >= 75
     page.wait_for_function(f"({PICTURES})() === 1")
     assert sorted(page.evaluate(SAVED)) == [[], ["bo.safetensors"]]
     sent = page.evaluate(GRAPH)
