@@ -56,6 +56,7 @@ class BaseConfig:
     timesteps: int = TIMESTEPS
     attention_weight: float = 0.05
     named_share: float = 0.4
+    later_named_share: float = 0.7
     values_share: float = 0.5
     report_every: int = 500
 
@@ -311,7 +312,8 @@ class BaseTrainer:
         config, running = self.config, None
         per_epoch = config.window * CHUNK // config.batch
         held_out = load_data(cache, autoencoder, self.words, range(-1, 0), self.device)
-        speaker = Speaker(self.words, config.named_share, self.device, apart)
+        shares = config.named_share, config.later_named_share
+        speaker = Speaker(self.words, shares, self.device, apart)
         while self.progress < 1:
             epoch, first = divmod(self.step, per_epoch)
             said = speaker.say(config.chunks(epoch), epoch)
