@@ -15,9 +15,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import BaseModel
 from comfy.sd import CLIP
 
-
-class UnsupportedModelError(ValueError):
-    """The model or text encoder is not one that can be edited."""
+from .text_entries import entry_of
+from .unsupported import UnsupportedModelError, describe_model, no_concepts, unprompted
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,6 @@ def family_named(name: str) -> Family | None:
     return next((family for family in FAMILIES if family.name == name), None)
 
 
-def describe_model(model: BaseModel) -> str:
-    """How a model is called in messages: its class and that of its configuration."""
-    config = type(getattr(model, "model_config", None)).__name__
-    return f"{type(model).__name__} (configuration {config})"
-
-
 def cross_attentions(model: BaseModel) -> tuple[CrossAttention, ...]:
     """Every cross-attention over the text in a ComfyUI BaseModel, in module order.
 
@@ -129,10 +122,7 @@ def cross_attentions(model: BaseModel) -> tuple[CrossAttention, ...]:
     unet = getattr(model, "diffusion_model", None)
     # LTXV and others also have modules called attn2; their text goes through more layers first.
     if not isinstance(unet, UNetModel):
-        raise UnsupportedModelError(
-            f"{describe_model(model)} is not a model Perfusion can edit; "
-            f"supported are {supported_list()}. Load one of those."
-        )
+        raise _refused(model)
     found = []
     for name, module in unet.named_modules():
         if name.rsplit(".", 1)[-1] != "attn2" or ".time_stack." in name:
@@ -154,6 +144,8 @@ def family_of(model: BaseModel) -> Family:
     Raises:
         UnsupportedModelError: when it is none of the table, naming the model and the table.
     """
+    if (reason := unprompted(model)) is not None:
+        raise _refused(model, reason)
     layers = cross_attentions(model)
     widths = {layer.input_width for layer in layers}
     # Video models read pictures, not text, through layers that look the same.
@@ -161,12 +153,13 @@ def family_of(model: BaseModel) -> Family:
     matches = [] if temporal else [family for family in FAMILIES if widths == {family.width}]
     if not matches:
         kind = "video model" if temporal else "text width"
-        raise UnsupportedModelError(
-            f"{describe_model(model)} is of an unknown family ({kind} "
-            f"{'/'.join(str(width) for width in sorted(widths))}); supported are "
-            f"{supported_list()}. Load one of those."
-        )
+        found = "/".join(str(width) for width in sorted(widths))
+        raise _refused(model, f"it is of an unknown family ({kind} {found})")
     return matches[0]
+
+
+def _refused(model: BaseModel, why: str | None = None) -> UnsupportedModelError:
+    return no_concepts(model, supported_list(), entry_of(model) is not None, why)
 
 
 def encoder_models(clip: CLIP) -> dict[str, Any]:
