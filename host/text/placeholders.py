@@ -22,7 +22,13 @@ from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
 from ...perfusion.text.words import word_pattern
-from ..models.families import embedding_width, encoder_models
+from ..models.families import (
+    attribute_of,
+    embedding_width,
+    encoder_label,
+    encoder_models,
+    tokenizer_of,
+)
 from .twin_vectors import served_rows, superclass_words
 
 logger = logging.getLogger("perfusion")
@@ -41,7 +47,7 @@ def is_existing_word(clip: CLIP, word: str) -> bool:
     sections = clip.tokenizer.tokenize_with_weights(word)
     counts = []
     for name, tokens in sections.items():
-        tokenizer = getattr(clip.tokenizer, f"clip_{name}")
+        tokenizer = tokenizer_of(clip, name)
         ends = [getattr(tokenizer, part) for part in ("start_token", "end_token", "pad_token")]
         counts.append(sum(token not in ends for token, *_ in tokens[0]))
     return all(count == 1 for count in counts)
@@ -50,7 +56,7 @@ def is_existing_word(clip: CLIP, word: str) -> bool:
 def embedding_file(clip: CLIP, word: str) -> Path | None:
     """The embedding file that "embedding:<word>" in a prompt stands for, if there is one."""
     for name in encoder_models(clip):
-        places = getattr(clip.tokenizer, f"clip_{name}").embedding_directory or ()
+        places = tokenizer_of(clip, name).embedding_directory or ()
         for place in [places] if isinstance(places, str) else places:
             for ending in ("", *_EMBEDDING_FILES):
                 if (file := Path(place) / f"{word}{ending}").is_file():
@@ -102,7 +108,7 @@ def serve_vectors(clip: CLIP, placeholder: str, vectors: Mapping[str, Tensor]) -
     clone = clip.clone()
     clone.tokenizer = copy.copy(clip.tokenizer)
     for name in encoder_models(clip):
-        tokenizer = copy.copy(getattr(clone.tokenizer, f"clip_{name}"))
+        tokenizer = copy.copy(tokenizer_of(clone, name))
         if not isinstance(tokenizer, _PlaceholderTokenizer):
             tokenizer.__class__ = _placeholder_class(type(tokenizer))
             tokenizer.placeholder_vectors = {}
@@ -115,7 +121,7 @@ def serve_vectors(clip: CLIP, placeholder: str, vectors: Mapping[str, Tensor]) -
         rows = vectors[name].detach().float()
         served = {word: rows.reshape(-1, rows.shape[-1])}
         tokenizer.placeholder_vectors = tokenizer.placeholder_vectors | served
-        setattr(clone.tokenizer, f"clip_{name}", tokenizer)
+        setattr(clone.tokenizer, attribute_of(clone.tokenizer, name), tokenizer)
     return clone
 
 
@@ -176,6 +182,6 @@ def _check_vectors(concept: Concept, encoders: Mapping[str, Any]) -> None:
             found = "none" if vectors is None else f"one {vectors.shape[-1]} wide"
             raise ValueError(
                 f"concept {concept.placeholder!r} needs a token vector {width} wide for the text "
-                f"encoder clip_{name}, found {found}; use the CLIP of the model family the concept "
-                f"was trained for ({concept.family})"
+                f"encoder {encoder_label(name)}, found {found}; use the CLIP of the model family "
+                f"the concept was trained for ({concept.family})"
             )

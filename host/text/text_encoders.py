@@ -12,7 +12,7 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 from ..models.digests import weights_digest
-from ..models.families import Family, encoder_models, family_of_clip
+from ..models.families import Family, encoder_models, family_of_clip, tokenizer_of
 
 Tokens = list[int | Tensor]
 
@@ -41,7 +41,7 @@ class TextEncoders:
 
     def tokenizer(self, name: str) -> Any:
         """ComfyUI's SDTokenizer of one encoder."""
-        return getattr(self.clip.tokenizer, f"clip_{name}")
+        return tokenizer_of(self.clip, name)
 
     def sections(self, prompt: str) -> dict[str, list[Tokens]]:
         """Encoder -> sections of token ids (77 each, start, end and padding included)."""

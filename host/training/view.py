@@ -15,11 +15,14 @@ from torch import Tensor
 
 from ...perfusion.gated.rank_one import Part
 from ...perfusion.training.denoiser import Batch, Conditioning, Projections
-from ..injection.dispatch import Projection, install
+from ..injection.dispatch import Dispatcher, Projection, install
+from ..injection.fused import FusedProjection, module_of, share_of
+from ..injection.injection import without_bias
 from ..models.conditions import extra_conditions
 from ..models.digests import weights_digest
 from ..models.families import check_clip, cross_attentions, family_of
 from ..models.native_loss import loss_weight, schedule
+from ..models.networks import FusedPart
 from ..pictures.training_images import TrainingImages
 from ..text.placeholders import PlaceholderError, is_existing_word
 from .checkpointing import checkpoint_blocks
@@ -103,7 +106,7 @@ class TrainingView:
         self._device = model.load_device
         self._dtype = self._model.get_dtype_inference()
         self._current = _Current()
-        self._projections: dict[tuple[str, Part], Any] = {}
+        self._projections: dict[tuple[str, Part], tuple[Dispatcher, Any]] = {}
         self.layers: Mapping[str, int] = self._take_projections()
         self.family: str = family_of(self._model).name
         self.text = TrainingText(clip, superclass, placeholder, self._device, self._dtype)
@@ -174,9 +177,13 @@ class TrainingView:
         return self.text.token_rms(encoder)
 
     def project(self, layer: str, part: Part, encodings: Tensor) -> Tensor:
-        """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward."""
-        original: Projection = self._projections[layer, part].original
-        return original(encodings.to(self._device, self._dtype))
+        """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward.
+
+        Without its bias, which is added whatever an edit does.
+        """
+        dispatcher, share = self._projections[layer, part]
+        original = share_of(dispatcher.original, share)
+        return without_bias(original, encodings.to(self._device, self._dtype))
 
     def errors(self, batch: Batch, encoded: Conditioning, edit: Projections | None) -> Tensor:
         """Squared error (B, C, h, w) of the prediction of x0, times the native loss weight."""
@@ -205,10 +212,14 @@ class TrainingView:
         for layer in cross_attentions(self._model):
             layers[layer.name] = layer.value_width
             parts: tuple[tuple[Part, Any], ...] = (("k", layer.to_k), ("v", layer.to_v))
-            for part, module in parts:
-                dispatcher = install(module)
-                dispatcher.put(_OWNER, _Trained(self._current, layer.name, part))
-                self._projections[layer.name, part] = dispatcher
+            fused = FusedProjection()
+            for name, part in parts:
+                trained = _Trained(self._current, layer.name, name)
+                dispatcher = install(module_of(part))
+                if isinstance(part, FusedPart):
+                    fused.put(part, trained)
+                dispatcher.put(_OWNER, fused if isinstance(part, FusedPart) else trained)
+                self._projections[layer.name, name] = dispatcher, part
         return layers
 
 
