@@ -13,9 +13,10 @@ from typing import Any
 from comfy.model_base import BaseModel
 from comfy.sd import CLIP
 from comfy.text_encoders.cosmos import CosmosT5XXL
+from comfy.text_encoders.wan import WanT5Model
 from torch import nn
 
-from .networks import COSMOS_PREDICT2, UNET, CrossAttention, Network
+from .networks import COSMOS_PREDICT2, UNET, WAN, CrossAttention, Network
 
 
 class UnsupportedModelError(ValueError):
@@ -85,6 +86,12 @@ FAMILIES: list[Family] = [
         side=128,
         network=COSMOS_PREDICT2,
         clips=(CosmosT5XXL,),
+    ),
+    Family(
+        *("wan", "Wan 2.1/2.2", {"umt5xxl": 4096}, 4096),
+        side=80,
+        network=WAN,
+        clips=(WanT5Model,),
     ),
 ]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.wan.model import WanModel
 from torch import nn
 
 
@@ -133,3 +134,5 @@ def _cross_attention(name: str, linears: list[Any]) -> CrossAttention:
 # look the same.
 UNET = Network(UNetModel, r"(?!.*\.time_stack\.).*(?:^|\.)attn2", ("to_k", "to_v"), subclasses=True)
 COSMOS_PREDICT2 = Network(MiniTrainDIT, r"blocks\.\d+\.cross_attn", ("k_proj", "v_proj"), axes=5)
+# Pictures have projections of their own there, `k_img` and `v_img`.
+WAN = Network(WanModel, r"blocks\.\d+\.cross_attn", ("k", "v"), entry="text_embedding", axes=5)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
 from ..models.families import encoder_models, encoder_of, tokenizer_of
+from .marked_words import takes_place_of
 from .text_encoders import word_tokens
 from .twin import with_twin, within_twin
 from .twin_vectors import served_rows, superclass_words
@@ -136,11 +137,14 @@ class TwinEncoder:
         }
 
     def _superclass(self, name: str, token: Any, locks: Sequence[_Lock]) -> Any:
+        own = takes_place_of(token)
         for lock in locks:
             words = lock.superclass.get(name, ())
             for at, row in enumerate(lock.rows.get(name, ())):
                 if not _is_row(token, row):
                     continue
+                if own:
+                    return own[0] if len(own) == 1 else self._mean(name, own)
                 # A placeholder that is one token stands for the mean of several sub-words, which
                 # is also what training starts from.
                 one_by_one = len(words) == len(lock.rows[name])
