@@ -17,6 +17,7 @@ _FIXED = "its prompt is always the same one"
 _FINDS = "it finds things in pictures and draws none"
 _SOUND = "it makes sound and no pictures"
 _UNKNOWN = "Perfusion does not know yet how it reads the text"
+_OTHER_MAPS = "edits do not know the keys and values of its kind yet"
 _NO_MAP = "it is not known to read encodings through linear maps of its own"
 
 # Models that no prompt reaches, whatever their networks look like.
@@ -103,7 +104,7 @@ def no_edits(model: BaseModel, works: str, conceptual: bool) -> UnsupportedModel
         works: what they act on, for people.
         conceptual: whether concepts work on it.
     """
-    reason = unprompted(model) or _NO_MAP
+    reason = _OTHER_MAPS if conceptual else unprompted(model) or _NO_MAP
     remedy = f" Concepts do work on it: {CONCEPTS}." if conceptual else ""
     return UnsupportedModelError(
         f"{describe_model(model)} cannot be edited in closed form: {reason}. What works: {works}."
