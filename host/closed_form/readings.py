@@ -16,14 +16,14 @@ from torch.nn.functional import rms_norm
 from ...perfusion.closed_form.even_sample import Rows
 from ...perfusion.shapes import Weight
 from ...perfusion.text.encoded_prompt import EncodedPrompt
+from ..models.editable import edited_as
 from ..models.families import (
     UnsupportedModelError,
     check_clip,
     cross_attentions,
     describe_model,
-    family_of,
 )
-from ..models.text_entries import TextEntry, entry_of, no_entry
+from ..models.text_entries import TextEntry
 from ..text.prompt_streams import Stream, streams_of
 from .prompts import PromptEncoder
 from .stream_prompts import Conditionings, StreamEncoder
@@ -90,20 +90,16 @@ def text_side(model: ModelPatcher, clip: CLIP, layers: str, with_to_k: bool) -> 
         ValueError: when no layer's name contains any of the given parts, and for values alone
             where keys and values read one map.
     """
-    entry = entry_of(model.model)
-    if entry is not None:
-        return _entry_side(model, clip, entry, layers, with_to_k)
-    try:
-        family = family_of(model.model)
-    except UnsupportedModelError as error:
-        raise no_entry(model.model) from error
-    check_clip(clip, family)
+    kind = edited_as(model.model)
+    if isinstance(kind, TextEntry):
+        return _entry_side(model, clip, kind, layers, with_to_k)
+    check_clip(clip, kind)
     names = chosen([layer.name for layer in cross_attentions(model.model)], layers)
     projections = ("to_k", "to_v") if with_to_k else ("to_v",)
     keys = tuple(f"{PREFIX}{name}.{part}.weight" for name in names for part in projections)
-    sentences = family.words.sentences if family.words else ()
-    reading = Reading(keys, family.width, (PromptEncoder(clip),))
-    return TextSide(family.label, (reading,), sentences)
+    sentences = kind.words.sentences if kind.words else ()
+    reading = Reading(keys, kind.width, (PromptEncoder(clip),))
+    return TextSide(kind.label, (reading,), sentences)
 
 
 def chosen(names: Sequence[str], layers: str) -> list[str]:

@@ -51,6 +51,7 @@ def apply_concepts(
     warn_of_another_encoder(clip, concepts)
     active = [concept for concept in applied if concept.gate.strength != 0]
     check_trained_lock(applied, key_lock)
+    check_family_lock(family, key_lock)
     check_key_lock(model, active, key_lock)
     patched = model.clone()
     patched.set_attachments(KEY, applied)
@@ -113,6 +114,20 @@ def check_trained_lock(applied: Sequence[Concept], key_lock: KeyLock) -> None:
                 f"as its superclass {concept.superclass!r}, and means nothing with {key_lock} key "
                 "lock; choose key_lock twin"
             )
+
+
+def check_family_lock(family: Family, key_lock: KeyLock) -> None:
+    """Make sure that a family's keys can be locked this way.
+
+    Raises:
+        ValueError: naming the family and the remedy.
+    """
+    if family.network.entry is not None and key_lock != "twin":
+        raise ValueError(
+            f"{family.label} sends the text encodings through its {family.network.entry} before "
+            f"the keys and values read them, where {key_lock} key lock has no place to subtract "
+            "a concept's direction; choose key_lock twin"
+        )
 
 
 def check_key_lock(model: ModelPatcher, active: Sequence[Concept], key_lock: KeyLock) -> None:

@@ -17,19 +17,22 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.rank_one import project
 from ..interface.messages import warn
-from ..models.families import CrossAttention, cross_attentions
+from ..models.families import cross_attentions
+from ..models.networks import CrossAttention, FusedPart
 from ..text.twin import TwinEncoding, told_apart, untwined
 from .agenda import Agenda, clock_of
 from .control import give_superclass_encodings
 from .dispatch import (
     Dispatcher,
     ModelCall,
+    Override,
     Projection,
     install,
     install_call,
     uninstall,
     uninstall_call,
 )
+from .fused import FusedProjection, module_of, share_of
 from .hints import prompt_hints, schedule_hints
 from .key_locks import KeyLock
 from .shared_inputs import SharedInputs, followed
@@ -74,7 +77,7 @@ class InjectedProjection:
         with torch.inference_mode(False), torch.no_grad():
             rows = [None if row is None else row.to(device, dtype) for row in self._targets]
             if any(row is None for row in rows):
-                keys = original(self._superclasses.to(device, dtype)[None])[0]
+                keys = without_bias(original, self._superclasses.to(device, dtype)[None])[0]
                 rows = [key if row is None else row for row, key in zip(rows, keys, strict=True)]
             self._all = torch.stack([row for row in rows if row is not None])
         return self.choose()
@@ -86,6 +89,15 @@ class InjectedProjection:
         whole = acting == group
         self.outputs = self._all if whole else self._all[[group.index(at) for at in acting]]
         return self.outputs
+
+
+def without_bias(original: Projection, encodings: Tensor) -> Tensor:
+    """`W e` (B, N, d) of a projection that may add a bias, which is no part of a target output.
+
+    The bias stays the projection's own: `h = W x' + b + g o`. Where there is none, what a zero is
+    projected to is 0, and nothing changes.
+    """
+    return original(encodings) - original(torch.zeros_like(encodings[:1, :1]))
 
 
 class TwinKeys:
@@ -110,7 +122,7 @@ class InjectedModel:
         self._key_lock = key_lock
         shared = TwinInputs if key_lock == "twin" else SharedInputs
         self._groups = {group: shared(group, agenda) for group in agenda.groups.values()}
-        self._edits: list[tuple[Dispatcher, InjectedProjection]] = []
+        self._edits: list[tuple[Dispatcher, Any, InjectedProjection]] = []
         self._hooked = False
 
     def add(self, owner: int, layer: CrossAttention, concepts: Sequence[Concept]) -> None:
@@ -122,12 +134,14 @@ class InjectedModel:
         chosen = [concepts[at] for at in group]
         superclasses = torch.stack([concept.superclass_encoding for concept in chosen])
         values = [concept.o_v[layer.name] for concept in chosen]
+        keys: Override | None = None
         if self._key_lock == "global":
-            install(layer.to_k).put(owner, TwinKeys(shared))
+            keys = TwinKeys(shared)
         elif self._key_lock == "local":
-            keys = [None if c.o_k is None else c.o_k[layer.name] for c in chosen]
-            self._put(owner, layer.to_k, InjectedProjection(shared, keys, superclasses))
-        self._put(owner, layer.to_v, InjectedProjection(shared, values, superclasses))
+            outputs = [None if c.o_k is None else c.o_k[layer.name] for c in chosen]
+            keys = InjectedProjection(shared, outputs, superclasses)
+        edits = (layer.to_k, keys), (layer.to_v, InjectedProjection(shared, values, superclasses))
+        self._put(owner, edits)
 
     def begin(
         self, encodings: Tensor, keys: Tensor, moment: tuple[set[int], float] | None, hooked: bool
@@ -142,12 +156,13 @@ class InjectedModel:
         """
         acting, progress = (None, 0.0) if moment is None else moment
         changed = [group for group in self._groups.values() if group.act(acting)]
-        for dispatcher, edit in self._edits:
+        for dispatcher, part, edit in self._edits:
             if not edit.shared.acting:
                 continue
             # The locked keys are made with the weights.
             if edit.outputs is None or hooked or self._hooked:
-                edit.prepare(dispatcher.original, encodings.device, encodings.dtype)
+                original = share_of(dispatcher.original, part)
+                edit.prepare(original, encodings.device, encodings.dtype)
             elif edit.shared in changed:
                 edit.choose()
         self._hooked = hooked
@@ -158,7 +173,7 @@ class InjectedModel:
         """Under twin lock, before a call whose prompts name no concept: nothing to compute."""
         acting, progress = (None, 0.0) if moment is None else moment
         changed = [group for group in self._groups.values() if group.act(acting)]
-        for _, edit in self._edits:
+        for *_, edit in self._edits:
             if edit.shared in changed:
                 edit.outputs = None
         for group in self._groups.values():
@@ -170,10 +185,19 @@ class InjectedModel:
         for group in self._groups.values():
             group.forget()
 
-    def _put(self, owner: int, module: Any, edit: InjectedProjection) -> None:
-        dispatcher = install(module)
-        dispatcher.put(owner, edit)
-        self._edits.append((dispatcher, edit))
+    def _put(self, owner: int, edits: Sequence[tuple[Any, Override | None]]) -> None:
+        """Put the edits of one layer's projections in place, None for none."""
+        fused = FusedProjection()
+        for part, edit in edits:
+            if isinstance(part, FusedPart):
+                fused.put(part, edit)
+            override = fused if isinstance(part, FusedPart) else edit
+            if override is None:
+                continue
+            dispatcher = install(module_of(part))
+            dispatcher.put(owner, override)
+            if isinstance(edit, InjectedProjection):
+                self._edits.append((dispatcher, part, edit))
 
 
 class ConceptInjection:
@@ -207,8 +231,8 @@ class ConceptInjection:
         model: Any = patcher.model
         uninstall_call(model, id(patcher))
         for layer in cross_attentions(model):
-            uninstall(layer.to_k, id(patcher))
-            uninstall(layer.to_v, id(patcher))
+            for module in layer.modules:
+                uninstall(module, id(patcher))
         self._live.pop(id(patcher), None)
 
     def around_call(

@@ -1,8 +1,7 @@
-"""Model families: which models can be edited, and where their text projections are.
+"""Model families: which models can carry concepts, and which text encoders belong to them.
 
-Found by structure, never by a list of layer names: in ComfyUI's UNetModel every module called
-`attn2` that owns `to_k` and `to_v` reads the text. Modules are judged by `in_features` and
-`out_features` only, because quantised layers are not `nn.Linear`.
+A family is one row of the table: a class of networks (`networks`), the width of the encodings
+that it is called with, and the text encoders that make them.
 """
 
 from __future__ import annotations
@@ -11,13 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import BaseModel
 from comfy.sd import CLIP
+from comfy.text_encoders.cosmos import CosmosT5XXL
+from comfy.text_encoders.wan import WanT5Model
+from torch import nn
 
-
-class UnsupportedModelError(ValueError):
-    """The model or text encoder is not one that can be edited."""
+from .networks import COSMOS_PREDICT2, UNET, WAN, CrossAttention, Network
+from .text_entries import entry_of
+from .unsupported import UnsupportedModelError, describe_model, no_concepts, unprompted
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,16 @@ class Family:
     Attributes:
         name: identifier stored in concept files.
         label: the name a person knows it by.
-        encoders: text encoder name (as in ComfyUI's `clip_<name>`) to its embedding width.
-        width: D, the width of the encodings the projections read.
+        encoders: text encoder name (as in ComfyUI's `clip_<name>`, or alone where there is no
+            such prefix) to its embedding width.
+        width: D, the width of the encodings that the network is called with. Similarities and
+            gates live in their space, whatever the network does to them before its projections
+            read them: they are known before the first layer and depend on no layer and no step.
         side: latent cells a side of the pictures it was trained on.
         words: for a family that does not know everyday language.
+        network: the networks it is of.
+        clips: classes of a CLIP's text model, where widths alone do not tell; empty for any.
+        tells: what else a model of it has, where the network is another family's, too.
     """
 
     name: str
@@ -56,6 +63,15 @@ class Family:
     width: int
     side: int
     words: OwnWords | None = None
+    network: Network = UNET
+    clips: tuple[type[nn.Module], ...] = ()
+    tells: Callable[[BaseModel], bool] = lambda model: True
+
+    def owns(self, clip: CLIP) -> bool:
+        """Whether a ComfyUI CLIP has this family's text encoders."""
+        if encoder_widths(clip) != self.encoders:
+            return False
+        return not self.clips or isinstance(clip.cond_stage_model, self.clips)
 
 
 FAMILIES: list[Family] = [
@@ -63,6 +79,18 @@ FAMILIES: list[Family] = [
     Family("sd2", "Stable Diffusion 2.x", {"h": 1024}, 1024, side=96),
     Family("sdxl", "SDXL", {"l": 768, "g": 1280}, 2048, side=128),
     Family("sdxl_refiner", "SDXL refiner", {"g": 1280}, 1280, side=128),
+    Family(
+        *("cosmos_predict2", "Cosmos-Predict2", {"t5xxl": 1024}, 1024),
+        side=128,
+        network=COSMOS_PREDICT2,
+        clips=(CosmosT5XXL,),
+    ),
+    Family(
+        *("wan", "Wan 2.1/2.2", {"umt5xxl": 4096}, 4096),
+        side=80,
+        network=WAN,
+        clips=(WanT5Model,),
+    ),
 ]
 
 
@@ -72,35 +100,6 @@ def register_family(family: Family) -> None:
 
 
 _CLIP_PREFIX = "clip_"
-
-
-@dataclass(frozen=True)
-class CrossAttention:
-    """The two text projections of one cross-attention layer.
-
-    Attributes:
-        name: path of the attention module below `diffusion_model`.
-        to_k, to_v: the projection modules (D -> `key_width`, D -> `value_width`).
-    """
-
-    name: str
-    to_k: Any
-    to_v: Any
-
-    @property
-    def input_width(self) -> int:
-        """D, the width of the encodings."""
-        return int(self.to_k.in_features)
-
-    @property
-    def key_width(self) -> int:
-        """d of the key projection."""
-        return int(self.to_k.out_features)
-
-    @property
-    def value_width(self) -> int:
-        """d of the value projection."""
-        return int(self.to_v.out_features)
 
 
 def supported_list() -> str:
@@ -113,39 +112,42 @@ def family_named(name: str) -> Family | None:
     return next((family for family in FAMILIES if family.name == name), None)
 
 
-def describe_model(model: BaseModel) -> str:
-    """How a model is called in messages: its class and that of its configuration."""
-    config = type(getattr(model, "model_config", None)).__name__
-    return f"{type(model).__name__} (configuration {config})"
-
-
 def cross_attentions(model: BaseModel) -> tuple[CrossAttention, ...]:
     """Every cross-attention over the text in a ComfyUI BaseModel, in module order.
 
     Raises:
-        UnsupportedModelError: for models other than ComfyUI's UNetModel (joint attention, video)
-            and for a UNet without any such layer.
+        UnsupportedModelError: for networks that are no family's, and for one without any such
+            layer.
     """
-    unet = getattr(model, "diffusion_model", None)
-    # LTXV and others also have modules called attn2; their text goes through more layers first.
-    if not isinstance(unet, UNetModel):
+    network = network_of(model)
+    found = tuple(network.cross_attentions(model.diffusion_model))
+    kind = " and ".join(f"`{name}`" for name in network.projections)
+    for path, name in network.unreachable(model.diffusion_model):
         raise UnsupportedModelError(
-            f"{describe_model(model)} is not a model Perfusion can edit; "
-            f"supported are {supported_list()}. Load one of those."
+            f"{describe_model(model)} has a {name} in the place of its cross-attention {path!r}, "
+            f"which another pack put there and whose projections ({kind}) cannot be reached; load "
+            "the model with one of ComfyUI's own loaders"
         )
-    found = []
-    for name, module in unet.named_modules():
-        if name.rsplit(".", 1)[-1] != "attn2" or ".time_stack." in name:
-            continue
-        to_k, to_v = getattr(module, "to_k", None), getattr(module, "to_v", None)
-        if all(hasattr(linear, "in_features") for linear in (to_k, to_v)):
-            found.append(CrossAttention(name, to_k, to_v))
     if not found:
         raise UnsupportedModelError(
             f"{describe_model(model)} has no cross-attention layer over the text (no module "
-            f"`attn2` with `to_k` and `to_v`); supported are {supported_list()}."
+            f"that matches {network.attention} with {kind}); supported are {supported_list()}."
         )
-    return tuple(found)
+    return found
+
+
+def network_of(model: BaseModel) -> Network:
+    """The row of the network that a ComfyUI BaseModel has.
+
+    Raises:
+        UnsupportedModelError: when no family has such a network (joint attention and others).
+    """
+    network = getattr(model, "diffusion_model", None)
+    rows = (family.network for family in FAMILIES)
+    found = next((row for row in rows if row.fits(network)), None)
+    if found is None:
+        raise _refused(model)
+    return found
 
 
 def family_of(model: BaseModel) -> Family:
@@ -154,33 +156,62 @@ def family_of(model: BaseModel) -> Family:
     Raises:
         UnsupportedModelError: when it is none of the table, naming the model and the table.
     """
-    layers = cross_attentions(model)
-    widths = {layer.input_width for layer in layers}
+    if (reason := unprompted(model)) is not None:
+        raise _refused(model, reason)
+    cross_attentions(model)
+    network = network_of(model)
+    widths = network.text_widths(model.diffusion_model)
     # Video models read pictures, not text, through layers that look the same.
     temporal = model.model_config.unet_config.get("use_temporal_attention", False)
-    matches = [] if temporal else [family for family in FAMILIES if widths == {family.width}]
+    matches = [
+        family
+        for family in FAMILIES
+        if family.network is network and widths == {family.width} and family.tells(model)
+    ]
+    matches = [] if temporal else matches
     if not matches:
         kind = "video model" if temporal else "text width"
-        raise UnsupportedModelError(
-            f"{describe_model(model)} is of an unknown family ({kind} "
-            f"{'/'.join(str(width) for width in sorted(widths))}); supported are "
-            f"{supported_list()}. Load one of those."
-        )
+        found = "/".join(str(width) for width in sorted(widths))
+        raise _refused(model, f"it is of an unknown family ({kind} {found})")
     return matches[0]
 
 
+def _refused(model: BaseModel, why: str | None = None) -> UnsupportedModelError:
+    return no_concepts(model, supported_list(), entry_of(model) is not None, why)
+
+
 def encoder_models(clip: CLIP) -> dict[str, Any]:
-    """The text encoders of a ComfyUI CLIP by name ("l", "g", "h"), as their SDClipModel."""
+    """The text encoders of a ComfyUI CLIP by name ("l", "g", "t5xxl"), as their SDClipModel."""
     return {
         name.removeprefix(_CLIP_PREFIX): module
         for name, module in clip.cond_stage_model.named_children()
-        if name.startswith(_CLIP_PREFIX) and hasattr(module, "transformer")
+        if hasattr(module, "transformer")
     }
+
+
+def encoder_of(text_model: Any, name: str) -> Any:
+    """One text encoder of ComfyUI's text model, by the name `encoder_models` gives it."""
+    return getattr(text_model, attribute_of(text_model, name))
+
+
+def attribute_of(owner: Any, name: str) -> str:
+    """Under which attribute ComfyUI keeps the encoder, or the tokenizer, of this name."""
+    return f"{_CLIP_PREFIX}{name}" if hasattr(owner, f"{_CLIP_PREFIX}{name}") else name
+
+
+def tokenizer_of(clip: CLIP, name: str) -> Any:
+    """ComfyUI's SDTokenizer of one text encoder of a CLIP."""
+    return getattr(clip.tokenizer, attribute_of(clip.tokenizer, name))
 
 
 def embedding_width(encoder: Any) -> int:
     """Width of the token embeddings of one SDClipModel."""
     return int(encoder.transformer.get_input_embeddings().weight.shape[1])
+
+
+def encoder_widths(clip: CLIP) -> dict[str, int]:
+    """The text encoders of a ComfyUI CLIP by name, with their embeddings' widths."""
+    return {name: embedding_width(encoder) for name, encoder in encoder_models(clip).items()}
 
 
 def check_clip(clip: CLIP, family: Family) -> None:
@@ -189,13 +220,15 @@ def check_clip(clip: CLIP, family: Family) -> None:
     Raises:
         UnsupportedModelError: naming what the family needs and what the CLIP has.
     """
-    found = {name: embedding_width(encoder) for name, encoder in encoder_models(clip).items()}
-    if found != family.encoders:
-        raise UnsupportedModelError(
-            f"the CLIP does not belong to {family.label}: expected the text encoders "
-            f"{_widths(family.encoders)}, found {_widths(found)}. Connect the CLIP that was "
-            "loaded together with the model."
-        )
+    if family.owns(clip):
+        return
+    found = encoder_widths(clip)
+    kind = "" if found != family.encoders else f" of {type(clip.cond_stage_model).__name__}"
+    raise UnsupportedModelError(
+        f"the CLIP does not belong to {family.label}: expected the text encoders "
+        f"{_widths(family.encoders)}, found {_widths(found)}{kind}. Connect the CLIP that was "
+        "loaded together with the model."
+    )
 
 
 def family_of_clip(clip: CLIP) -> Family:
@@ -204,18 +237,22 @@ def family_of_clip(clip: CLIP) -> Family:
     Raises:
         UnsupportedModelError: when no family of the table has them.
     """
-    found = {name: embedding_width(encoder) for name, encoder in encoder_models(clip).items()}
     for family in FAMILIES:
-        if family.encoders == found:
+        if family.owns(clip):
             return family
     kind = type(clip.cond_stage_model).__name__
     raise UnsupportedModelError(
-        f"the text encoder {kind} ({_widths(found)}) belongs to no supported family; "
-        f"supported are {supported_list()}."
+        f"the text encoder {kind} ({_widths(encoder_widths(clip))}) belongs to no supported "
+        f"family; supported are {supported_list()}."
     )
+
+
+def encoder_label(name: str) -> str:
+    """What messages call a text encoder."""
+    return f"{_CLIP_PREFIX}{name}" if len(name) == 1 else name
 
 
 def _widths(encoders: dict[str, int]) -> str:
     if not encoders:
         return "none"
-    return ", ".join(f"clip_{name} ({width} wide)" for name, width in sorted(encoders.items()))
+    return ", ".join(f"{encoder_label(name)} ({w} wide)" for name, w in sorted(encoders.items()))

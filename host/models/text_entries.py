@@ -19,8 +19,6 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.model_base import BaseModel
 from torch import nn
 
-from .families import UnsupportedModelError, describe_model, supported_list
-
 
 @dataclass(frozen=True)
 class Linear:
@@ -139,10 +137,6 @@ def entry_of(model: BaseModel) -> TextEntry | None:
     return next((entry for entry in TEXT_ENTRIES if entry.fits(network)), None)
 
 
-def no_entry(model: BaseModel) -> UnsupportedModelError:
-    """The error for a model that closed-form edits cannot act on."""
-    labels = ", ".join(entry.label for entry in TEXT_ENTRIES)
-    return UnsupportedModelError(
-        f"{describe_model(model)} cannot be edited in closed form: it is not known to read text "
-        f"encodings through linear maps of its own. What works: {supported_list()}, {labels}."
-    )
+def entries_list() -> str:
+    """What can be edited where the text enters it, as one readable line."""
+    return ", ".join(entry.label for entry in TEXT_ENTRIES)

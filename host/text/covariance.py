@@ -52,11 +52,14 @@ def measure_covariance(
     done = 0
     # A GPU encodes one batch while the CPU takes the words of the next one apart.
     while batch := list(itertools.islice(wanted, BATCH)):
-        sections = [section for caption in batch for section in _sections(text, caption)]
-        mask = torch.stack([text.word_mask(section) for section in sections])
-        with torch.no_grad():
-            encodings = text.encode(sections).encodings
-        statistics.add(encodings, mask[:, : encodings.shape[1]])
+        padded = positions == "all"
+        sections = [section for caption in batch for section in _sections(text, caption, padded)]
+        # What is not padded to one length is encoded by itself.
+        for part in text.of_one_length(sections):
+            mask = torch.stack([text.word_mask(section) for section in part])
+            with torch.no_grad():
+                encodings = text.encode(part).encodings
+            statistics.add(encodings, mask[:, : encodings.shape[1]])
         done += len(batch)
         if on_progress is not None:
             on_progress(min(done, total), total)
@@ -110,7 +113,7 @@ def _path(encoder: str, source: CaptionSource, positions: Positions) -> Path:
     return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{encoder}-{key}.safetensors"
 
 
-def _sections(text: TextEncoders, caption: str) -> list[dict[str, Tokens]]:
-    sections = text.sections(caption)
+def _sections(text: TextEncoders, caption: str, padded: bool) -> list[dict[str, Tokens]]:
+    sections = text.sections(caption, padded or text.sectioned)
     count = min(len(found) for found in sections.values())
     return [{name: found[at] for name, found in sections.items()} for at in range(count)]

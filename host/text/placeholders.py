@@ -22,7 +22,14 @@ from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
 from ...perfusion.text.words import word_pattern
-from ..models.families import embedding_width, encoder_models
+from ..models.families import (
+    attribute_of,
+    embedding_width,
+    encoder_label,
+    encoder_models,
+    tokenizer_of,
+)
+from .marked_words import MarkedWords, Served, mark, spaces_matter
 from .twin_vectors import served_rows, superclass_words
 
 logger = logging.getLogger("perfusion")
@@ -41,7 +48,7 @@ def is_existing_word(clip: CLIP, word: str) -> bool:
     sections = clip.tokenizer.tokenize_with_weights(word)
     counts = []
     for name, tokens in sections.items():
-        tokenizer = getattr(clip.tokenizer, f"clip_{name}")
+        tokenizer = tokenizer_of(clip, name)
         ends = [getattr(tokenizer, part) for part in ("start_token", "end_token", "pad_token")]
         counts.append(sum(token not in ends for token, *_ in tokens[0]))
     return all(count == 1 for count in counts)
@@ -50,7 +57,7 @@ def is_existing_word(clip: CLIP, word: str) -> bool:
 def embedding_file(clip: CLIP, word: str) -> Path | None:
     """The embedding file that "embedding:<word>" in a prompt stands for, if there is one."""
     for name in encoder_models(clip):
-        places = getattr(clip.tokenizer, f"clip_{name}").embedding_directory or ()
+        places = tokenizer_of(clip, name).embedding_directory or ()
         for place in [places] if isinstance(places, str) else places:
             for ending in ("", *_EMBEDDING_FILES):
                 if (file := Path(place) / f"{word}{ending}").is_file():
@@ -89,12 +96,22 @@ def with_placeholders(clip: CLIP, concepts: Sequence[Concept], twin_lock: bool =
         vectors = concept.embeddings
         if twin_lock:
             vectors = served_rows(superclass_words(clip, concept.superclass), vectors)
-        clip = serve_vectors(clip, concept.placeholder, vectors)
+        clip = serve_vectors(clip, concept.placeholder, vectors, concept.superclass, twin_lock)
     return clip if concepts else clip.clone()
 
 
-def serve_vectors(clip: CLIP, placeholder: str, vectors: Mapping[str, Tensor]) -> Any:
+def serve_vectors(
+    clip: CLIP,
+    placeholder: str,
+    vectors: Mapping[str, Tensor],
+    superclass: str = "",
+    twin_lock: bool = False,
+) -> Any:
     """A clone of a CLIP that puts `vectors` (encoder -> (dim,) or (n, dim)) for a word.
+
+    Tokenizers to which spaces matter cut a prompt with the superclass in the word's place, and
+    the last of the vectors takes the place of the superclass's tokens, of the last one alone under
+    twin lock (`marked_words`).
 
     Raises:
         PlaceholderError: when the word is taken already.
@@ -102,7 +119,7 @@ def serve_vectors(clip: CLIP, placeholder: str, vectors: Mapping[str, Tensor]) -
     clone = clip.clone()
     clone.tokenizer = copy.copy(clip.tokenizer)
     for name in encoder_models(clip):
-        tokenizer = copy.copy(getattr(clone.tokenizer, f"clip_{name}"))
+        tokenizer = copy.copy(tokenizer_of(clone, name))
         if not isinstance(tokenizer, _PlaceholderTokenizer):
             tokenizer.__class__ = _placeholder_class(type(tokenizer))
             tokenizer.placeholder_vectors = {}
@@ -113,22 +130,24 @@ def serve_vectors(clip: CLIP, placeholder: str, vectors: Mapping[str, Tensor]) -
                 "own, train one of them under another placeholder"
             )
         rows = vectors[name].detach().float()
-        served = {word: rows.reshape(-1, rows.shape[-1])}
+        served = {word: Served(rows.reshape(-1, rows.shape[-1]), superclass, twin_lock)}
         tokenizer.placeholder_vectors = tokenizer.placeholder_vectors | served
-        setattr(clone.tokenizer, f"clip_{name}", tokenizer)
+        setattr(clone.tokenizer, attribute_of(clone.tokenizer, name), tokenizer)
     return clone
 
 
 class _PlaceholderTokenizer:
     """Mixed into an SDTokenizer: placeholders become references to in-memory embeddings."""
 
-    placeholder_vectors: dict[str, Tensor]
+    placeholder_vectors: dict[str, Served]
     embedding_directory: Any
 
     def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
         """As the stock tokenizer; sections of (token id or vector, weight)."""
         words = list(self.placeholder_vectors)
         pattern = _pattern(tuple(words))
+        if spaces_matter(self):
+            return self._marked(text, pattern, *args, **kwargs)
 
         def reference(match: re.Match[str]) -> str:
             # ComfyUI recognises an embedding after whitespace only.
@@ -143,11 +162,21 @@ class _PlaceholderTokenizer:
         stock = super(_PlaceholderTokenizer, tokenizer)
         return stock.tokenize_with_weights(replaced, *args, **kwargs)  # type: ignore[misc]
 
+    def _marked(self, text: str, pattern: re.Pattern[str], *args: Any, **kwargs: Any) -> Any:
+        words = list(self.placeholder_vectors)
+        marked, count = pattern.subn(lambda found: mark(words.index(found.group().lower())), text)
+        tokenizer: Any = self
+        if count:
+            tokenizer = copy.copy(self)
+            tokenizer.tokenizer = MarkedWords(self, list(self.placeholder_vectors.values()))
+        stock = super(_PlaceholderTokenizer, tokenizer)
+        return stock.tokenize_with_weights(marked, *args, **kwargs)  # type: ignore[misc]
+
     def _try_get_embedding(self, embedding_name: str) -> tuple[Tensor | None, str, str]:
         name, _, rest = embedding_name.partition(" ")
-        for index, vectors in enumerate(self.placeholder_vectors.values()):
+        for index, served in enumerate(self.placeholder_vectors.values()):
             if name == f"{_REFERENCE}{index}":
-                return vectors, name, rest.strip()
+                return served.rows, name, rest.strip()
         return super()._try_get_embedding(embedding_name)  # type: ignore[misc]
 
 
@@ -176,6 +205,6 @@ def _check_vectors(concept: Concept, encoders: Mapping[str, Any]) -> None:
             found = "none" if vectors is None else f"one {vectors.shape[-1]} wide"
             raise ValueError(
                 f"concept {concept.placeholder!r} needs a token vector {width} wide for the text "
-                f"encoder clip_{name}, found {found}; use the CLIP of the model family the concept "
-                f"was trained for ({concept.family})"
+                f"encoder {encoder_label(name)}, found {found}; use the CLIP of the model family "
+                f"the concept was trained for ({concept.family})"
             )

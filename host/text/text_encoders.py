@@ -12,7 +12,9 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 from ..models.digests import weights_digest
-from ..models.families import Family, encoder_models, family_of_clip
+from ..models.families import Family, encoder_models, family_of_clip, tokenizer_of
+from ..models.networks import UNET
+from .marked_words import word_text
 
 Tokens = list[int | Tensor]
 
@@ -41,11 +43,14 @@ class TextEncoders:
 
     def tokenizer(self, name: str) -> Any:
         """ComfyUI's SDTokenizer of one encoder."""
-        return getattr(self.clip.tokenizer, f"clip_{name}")
+        return tokenizer_of(self.clip, name)
 
-    def sections(self, prompt: str) -> dict[str, list[Tokens]]:
-        """Encoder -> sections of token ids (77 each, start, end and padding included)."""
-        tokens = self.clip.tokenize(prompt)
+    def sections(self, prompt: str, padded: bool = True) -> dict[str, list[Tokens]]:
+        """Encoder -> sections of token ids (CLIP: 77 each), start, end and padding included.
+
+        What pads to a length of its own, but attends to no padding, can do without: `padded`.
+        """
+        tokens = self.clip.tokenize(prompt, **({} if padded else {"min_length": 1}))
         return {
             name: [[token for token, *_ in section] for section in tokens[name]]
             for name in self._models
@@ -76,12 +81,23 @@ class TextEncoders:
         ids = torch.tensor(list(tokens), device=device)
         return embedding(ids, out_dtype=torch.float32).detach().clone()
 
+    @property
+    def sectioned(self) -> bool:
+        """Whether all prompts are sections of one length, which are encoded together."""
+        return self.family.network is UNET
+
+    def of_one_length(self, batch: Sequence[dict[str, Tokens]]) -> list[list[dict[str, Tokens]]]:
+        """What can be encoded together: all of it, or every prompt by itself."""
+        return [list(batch)] if self.sectioned else [[tokens] for tokens in batch]
+
     def encode(self, batch: Sequence[Mapping[str, Tokens]]) -> TextBatch:
         """Encode sections of tokens; differentiable with respect to vectors among them.
 
         Encoders are concatenated as ComfyUI's models do: l before g, cut to the shorter one; the
         pooled output is that of the last encoder.
         """
+        if not self.sectioned:
+            return self._one_by_one(batch)
         encodings, pooled = [], None
         for name, model in self._models.items():
             out = model.encode([list(tokens[name]) for tokens in batch])
@@ -91,14 +107,34 @@ class TextEncoders:
         joined = torch.cat([encoding[:, :shortest] for encoding in encodings], dim=-1)
         return TextBatch(joined, pooled)
 
+    def _one_by_one(self, batch: Sequence[Mapping[str, Tokens]]) -> TextBatch:
+        """As the text model itself encodes prompts, with all that it does besides."""
+        model: Any = self.clip.cond_stage_model
+        found, pooled = [], []
+        for tokens in batch:
+            pairs = {name: [[(token, 1.0) for token in each]] for name, each in tokens.items()}
+            encodings, extra, *_ = model.encode_token_weights(pairs)
+            found.append(encodings)
+            pooled.append(extra)
+        lengths = sorted({encodings.shape[1] for encodings in found})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"expected prompts of one length to encode together, found {lengths} tokens; use "
+                "captions of as many tokens, or a batch size of 1"
+            )
+        every = None if any(extra is None for extra in pooled) else torch.cat(pooled)
+        return TextBatch(torch.cat(found), every)
+
     def word_mask(self, tokens: Mapping[str, Tokens]) -> Tensor:
         """(N,) bool: the words of a section and its first end token."""
         name = next(iter(self._models))
-        end = self.tokenizer(name).end_token
-        section = tokens[name]
-        last = next(at for at, token in enumerate(section) if at > 0 and token_is(token, end))
+        tokenizer, section = self.tokenizer(name), tokens[name]
+        first = 0 if tokenizer.start_token is None else 1
+        stop = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
+        ends = (at for at, token in enumerate(section) if at >= first and token_is(token, stop))
+        last = next(ends, len(section))
         mask = torch.zeros(len(section), dtype=torch.bool)
-        mask[1 : last + 1] = True
+        mask[first : last + int(tokenizer.end_token is not None)] = True
         return mask
 
     def digest(self) -> str:
@@ -123,9 +159,13 @@ _digests: WeakKeyDictionary[Any, dict[tuple[str, str], str]] = WeakKeyDictionary
 
 
 def word_tokens(tokenizer: Any, word: str) -> list[int]:
-    """Token ids of a word or phrase alone in an SDTokenizer, without start, end and padding."""
+    """Token ids of a word or phrase in an SDTokenizer, without start, end and padding.
+
+    Where a token may begin with the space before it, they are those within a sentence.
+    """
     end = -1 if tokenizer.tokenizer_adds_end_token else None
-    return list(tokenizer.tokenizer(word)["input_ids"][tokenizer.tokens_start : end])
+    text = word_text(tokenizer, word)
+    return list(tokenizer.tokenizer(text)["input_ids"][tokenizer.tokens_start : end])
 
 
 def token_is(token: int | Tensor, wanted: int) -> bool:

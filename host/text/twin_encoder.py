@@ -19,7 +19,8 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
-from ..models.families import encoder_models
+from ..models.families import encoder_models, encoder_of, tokenizer_of
+from .marked_words import takes_place_of
 from .text_encoders import word_tokens
 from .twin import with_twin, within_twin
 from .twin_vectors import served_rows, superclass_words
@@ -136,11 +137,14 @@ class TwinEncoder:
         }
 
     def _superclass(self, name: str, token: Any, locks: Sequence[_Lock]) -> Any:
+        own = takes_place_of(token)
         for lock in locks:
             words = lock.superclass.get(name, ())
             for at, row in enumerate(lock.rows.get(name, ())):
                 if not _is_row(token, row):
                     continue
+                if own:
+                    return own[0] if len(own) == 1 else self._mean(name, own)
                 # A placeholder that is one token stands for the mean of several sub-words, which
                 # is also what training starts from.
                 one_by_one = len(words) == len(lock.rows[name])
@@ -148,7 +152,7 @@ class TwinEncoder:
         return token
 
     def _mean(self, name: str, words: Sequence[int]) -> Tensor:
-        encoder = getattr(self._model, f"clip_{name}")
+        encoder = encoder_of(self._model, name)
         embedding = encoder.transformer.get_input_embeddings()
         device = encoder.execution_device or embedding.weight.device
         rows = embedding(torch.tensor(list(words), device=device), out_dtype=torch.float32)
@@ -223,10 +227,7 @@ def _lock_of(clip: CLIP, concept: Concept, twin_lock: bool) -> _Lock:
         return _Lock(word, strength, rows, superclass, twin=True)
     names = encoder_models(clip)
     rows = {name: concept.embeddings[name].detach().float()[None] for name in names}
-    superclass = {
-        name: word_tokens(getattr(clip.tokenizer, f"clip_{name}"), concept.superclass)
-        for name in names
-    }
+    superclass = {name: word_tokens(tokenizer_of(clip, name), concept.superclass) for name in names}
     return _Lock(word, strength, rows, superclass)
 
 

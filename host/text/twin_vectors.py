@@ -16,7 +16,7 @@ import torch
 from comfy.sd import CLIP
 from torch import Tensor
 
-from ..models.families import encoder_models
+from ..models.families import encoder_label, encoder_models, tokenizer_of
 from .text_encoders import word_tokens
 
 
@@ -75,14 +75,14 @@ def served_rows(
 
 
 def _words(clip: CLIP, name: str, encoder: Any, superclass: str) -> SuperclassWords:
-    tokenizer = getattr(clip.tokenizer, f"clip_{name}")
+    tokenizer = tokenizer_of(clip, name)
     tokens = word_tokens(tokenizer, superclass)
     # From that length on a tokenizer breaks words where a section is full.
     most = tokenizer.max_word_length - 1
     if not 0 < len(tokens) <= most:
         raise ValueError(
             f"superclass {superclass!r}: expected 1 to {most} sub-words for twin lock, the text "
-            f"encoder clip_{name} reads {len(tokens)}; use a shorter everyday word"
+            f"encoder {encoder_label(name)} reads {len(tokens)}; use a shorter everyday word"
         )
     embedding = encoder.transformer.get_input_embeddings()
     device = encoder.execution_device or embedding.weight.device

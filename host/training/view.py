@@ -14,12 +14,16 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 from ...perfusion.gated.rank_one import Part
+from ...perfusion.gated.twin_lock import TwinProjections
 from ...perfusion.training.denoiser import Batch, Conditioning, Projections
-from ..injection.dispatch import Projection, install
+from ..injection.dispatch import Dispatcher, Projection, install
+from ..injection.fused import FusedProjection, module_of, share_of
+from ..injection.injection import without_bias
 from ..models.conditions import extra_conditions
 from ..models.digests import weights_digest
-from ..models.families import check_clip, cross_attentions, family_of
+from ..models.families import check_clip, cross_attentions, family_of, network_of
 from ..models.native_loss import loss_weight, schedule
+from ..models.networks import FusedPart
 from ..pictures.training_images import TrainingImages
 from ..text.placeholders import PlaceholderError, is_existing_word
 from .checkpointing import checkpoint_blocks
@@ -102,8 +106,9 @@ class TrainingView:
         self._model = model.model
         self._device = model.load_device
         self._dtype = self._model.get_dtype_inference()
+        self._network = network_of(self._model)
         self._current = _Current()
-        self._projections: dict[tuple[str, Part], Any] = {}
+        self._projections: dict[tuple[str, Part], tuple[Dispatcher, Any]] = {}
         self.layers: Mapping[str, int] = self._take_projections()
         self.family: str = family_of(self._model).name
         self.text = TrainingText(clip, superclass, placeholder, self._device, self._dtype)
@@ -111,7 +116,7 @@ class TrainingView:
         self.data_hash: str = weights_digest(model, f"{pictures.digest} {self._dtype}")
         self._sizes = pictures.sizes
         self._latents = [
-            self._model.process_latent_in(ordinary(latents)).to(self._device, torch.float32)
+            self._latent_in(ordinary(latents)).to(self._device, torch.float32)
             for latents in pictures.latents
         ]
         masks = pictures.masks
@@ -174,9 +179,16 @@ class TrainingView:
         return self.text.token_rms(encoder)
 
     def project(self, layer: str, part: Part, encodings: Tensor) -> Tensor:
-        """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward."""
-        original: Projection = self._projections[layer, part].original
-        return original(encodings.to(self._device, self._dtype))
+        """Unedited key or value projection (B, N, D) -> (B, N, d) by the layer's own forward.
+
+        Without its bias, which is added whatever an edit does.
+        """
+        dispatcher, share = self._projections[layer, part]
+        original = share_of(dispatcher.original, share)
+        encodings = encodings.to(self._device, self._dtype)
+        if self._network.entry is not None:
+            encodings = self._model.diffusion_model.get_submodule(self._network.entry)(encodings)
+        return without_bias(original, encodings)
 
     def errors(self, batch: Batch, encoded: Conditioning, edit: Projections | None) -> Tensor:
         """Squared error (B, C, h, w) of the prediction of x0, times the native loss weight."""
@@ -186,29 +198,43 @@ class TrainingView:
         sigma = schedule(sampling, batch.timesteps).to(self._device)
         noisy = sampling.noise_scaling(sigma, noise, clean)
         size = self._sizes[int(batch.indices[0])]
+        # To a model of videos a picture is one of a single frame.
+        frames = noisy[:, :, None] if self._network.axes == 5 else noisy
         with self._current.holding(edit):
             denoised = self._model.apply_model(
-                noisy,
+                frames,
                 sigma,
                 c_crossattn=encoded.encodings,
                 transformer_options={"optimized_attention_override": _attention},
-                **extra_conditions(self._model, noisy, self._device, encoded.extra, size),
+                **extra_conditions(self._model, frames, self._device, encoded.extra, size),
             )
+        denoised = denoised.reshape(clean.shape)
         return (denoised - clean).square() * loss_weight(sampling, sigma)
 
     def masks(self, batch: Batch) -> Tensor | None:
         """Weights (B, 1, h, w) of the pixels of these images, or None for no masks."""
         return None if self._masks is None else _chosen(self._masks, batch)
 
+    def _latent_in(self, latents: Tensor) -> Tensor:
+        """Latents (V, C, h, w) as the model reads them."""
+        if self._network.axes == 5:
+            return self._model.process_latent_in(latents[:, :, None])[:, :, 0]
+        return self._model.process_latent_in(latents)
+
     def _take_projections(self) -> dict[str, int]:
         layers = {}
         for layer in cross_attentions(self._model):
             layers[layer.name] = layer.value_width
             parts: tuple[tuple[Part, Any], ...] = (("k", layer.to_k), ("v", layer.to_v))
-            for part, module in parts:
-                dispatcher = install(module)
-                dispatcher.put(_OWNER, _Trained(self._current, layer.name, part))
-                self._projections[layer.name, part] = dispatcher
+            fused = FusedProjection()
+            for name, part in parts:
+                behind = self._network.entry is not None
+                trained = _Trained(self._current, layer.name, name, behind)
+                dispatcher = install(module_of(part))
+                if isinstance(part, FusedPart):
+                    fused.put(part, trained)
+                dispatcher.put(_OWNER, fused if isinstance(part, FusedPart) else trained)
+                self._projections[layer.name, name] = dispatcher, part
         return layers
 
 
@@ -235,16 +261,24 @@ class _Current:
 class _Trained:
     """The edit under training in one projection."""
 
-    def __init__(self, current: _Current, layer: str, part: Part) -> None:
+    def __init__(self, current: _Current, layer: str, part: Part, behind: bool) -> None:
         self._current = current
         self._layer = layer
         self._part: Part = part
+        self._behind = behind
 
     def apply(self, original: Projection, encodings: Tensor) -> Tensor:
         edit = self._current.edit
         if edit is None:
             return original(encodings)
-        return edit.apply(original, self._layer, self._part)
+        if not self._behind:
+            return edit.apply(original, self._layer, self._part)
+        if not isinstance(edit, TwinProjections):
+            raise ValueError(
+                "the model changes the text encodings before its layers read them, where the "
+                "local key lock has no place to subtract a direction; train with key_lock twin"
+            )
+        return edit.apply_behind(original, self._layer, self._part, encodings)
 
 
 def _chosen(images: list[Tensor], batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from comfy.sd import CLIP
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...perfusion.training.denoiser import Conditioning
 from ..models.families import encoder_models
+from ..text.marked_words import takes_place_of
 from ..text.placeholders import serve_vectors
 from ..text.text_encoders import TextEncoders, Tokens
 from ..text.twin_vectors import SuperclassWords, served_rows, superclass_words, twin_vector
@@ -48,7 +49,7 @@ class TrainingText:
             name: self._text.word_tokens(name, superclass) for name in self._text.family.encoders
         }
         marker = {name: torch.zeros(width) for name, width in self._text.family.encoders.items()}
-        self._marked = TextEncoders(serve_vectors(clip, placeholder, marker))
+        self._marked = TextEncoders(serve_vectors(clip, placeholder, marker, superclass))
         self._sections: dict[str, dict[str, Tokens]] = {}
 
     def checkpoint(self) -> None:
@@ -118,7 +119,9 @@ class TrainingText:
         """Encode prompts as they stand and their twins, the masks on the concept's own token."""
         words = superclass_words(self.clip, self._superclass)
         rows = served_rows(words, embeddings)
-        served = TextEncoders(serve_vectors(self.clip, self._placeholder, rows))
+        served = TextEncoders(
+            serve_vectors(self.clip, self._placeholder, rows, self._superclass, twin_lock=True)
+        )
         named, twins, masks = [], [], []
         for prompt in prompts:
             section = served.section(prompt)
@@ -151,7 +154,13 @@ class TrainingText:
 def _twin(tokens: Tokens, words: SuperclassWords) -> Tokens:
     """The same tokens with the superclass's sub-words where the placeholder's vectors are."""
     own = iter(words.tokens)
-    return [next(own) if isinstance(token, Tensor) else token for token in tokens]
+    return [_own(token, own) if isinstance(token, Tensor) else token for token in tokens]
+
+
+def _own(vector: Tensor, words: Iterator[int]) -> int:
+    """What stands in a vector's place in the twin: what it took the place of, or the next word."""
+    found = takes_place_of(vector)
+    return found[-1] if found else next(words)
 
 
 def _last_vectors(tokens: Tokens) -> list[bool]:

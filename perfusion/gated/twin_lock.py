@@ -45,7 +45,24 @@ class TwinProjections:
         """The projection (B, N, d) of a layer; ``linear`` is the layer's own, unedited forward."""
         if part == "k":
             return linear(self.twin)
-        hidden = linear(self.inputs)
+        return self._with_values(linear(self.inputs), layer)
+
+    def apply_behind(
+        self, linear: Callable[[Tensor], Tensor], layer: str, part: Part, read: Tensor
+    ) -> Tensor:
+        """The same where the model changes t, token by token, before its layers read it.
+
+        Args:
+            linear: the layer's own, unedited forward.
+            layer: its name.
+            part: keys or values.
+            read: what the layer reads for t (B, N, D').
+        """
+        if part == "k":
+            return linear(read)
+        return self._with_values(linear(twin_inputs(read, self.gates)), layer)
+
+    def _with_values(self, hidden: Tensor, layer: str) -> Tensor:
         return hidden + self.gates.to(hidden.dtype) @ self.values[layer].to(hidden)
 
 

@@ -33,9 +33,11 @@ def output_rms(denoiser: Denoiser, layer: str, part: Part, covariance: Covarianc
         ValueError: for NaN or infinity.
     """
     rows = rearrange(covariance.factor, "d n -> 1 n d").float()
+    # As large as encodings, for what is not linear before the layer; a power of two rounds nothing.
+    scale = 2.0 ** round(math.log2(rows.shape[1]) / 2)
     with torch.no_grad():
-        outputs = denoiser.project(layer, part, rows).float()
-    rms = float(outputs.norm()) / math.sqrt(outputs.shape[-1])
+        outputs = denoiser.project(layer, part, rows * scale).float()
+    rms = float(outputs.norm()) / scale / math.sqrt(outputs.shape[-1])
     if not math.isfinite(rms):
         raise ValueError(
             f"layer {layer!r}: expected finite {'keys' if part == 'k' else 'values'}, found NaN or "

@@ -67,7 +67,8 @@ class Joint:
     latent: tuple[int, ...] = (1, 16, 8, 8)
 
 
-def _clip(tokenizer: type, encoder: type, configs: dict, data: dict | None = None) -> sd.CLIP:
+def build_clip(tokenizer: type, encoder: type, configs: dict, data: dict | None = None) -> sd.CLIP:
+    """A CLIP of these classes with small encoders of random weights."""
     options = {f"{name}_model_config": config for name, config in configs.items()}
     made = sd.CLIP(
         ClipTarget(tokenizer, encoder),
@@ -82,41 +83,41 @@ SMALL_CLIP = {"num_hidden_layers": 2, "intermediate_size": 64}
 
 
 def _flux_clip() -> sd.CLIP:
-    return _clip(flux.FluxTokenizer, flux.flux_clip(), {"t5xxl": T5, "clip_l": SMALL_CLIP})
+    return build_clip(flux.FluxTokenizer, flux.flux_clip(), {"t5xxl": T5, "clip_l": SMALL_CLIP})
 
 
 def _chroma_clip() -> sd.CLIP:
-    return _clip(pixart_t5.PixArtTokenizer, pixart_t5.pixart_te(), {"t5xxl": T5})
+    return build_clip(pixart_t5.PixArtTokenizer, pixart_t5.pixart_te(), {"t5xxl": T5})
 
 
 def _sd3_clip() -> sd.CLIP:
     # All streams are 4096 wide there.
     encoder = sd3_clip.sd3_clip(clip_g=False)
     configs = {"t5xxl": {**T5, "d_model": 4096}, "clip_l": {**SMALL_CLIP, "num_hidden_layers": 3}}
-    return _clip(sd3_clip.SD3Tokenizer, encoder, configs)
+    return build_clip(sd3_clip.SD3Tokenizer, encoder, configs)
 
 
 def _aura_clip() -> sd.CLIP:
-    return _clip(aura_t5.AuraT5Tokenizer, aura_t5.AuraT5Model, {"pile_t5xl": T5})
+    return build_clip(aura_t5.AuraT5Tokenizer, aura_t5.AuraT5Model, {"pile_t5xl": T5})
 
 
 def _qwen_clip() -> sd.CLIP:
-    return _clip(qwen_image.QwenImageTokenizer, qwen_image.te(), {"qwen25_7b": LANGUAGE})
+    return build_clip(qwen_image.QwenImageTokenizer, qwen_image.te(), {"qwen25_7b": LANGUAGE})
 
 
 def _z_image_clip() -> sd.CLIP:
-    return _clip(z_image.ZImageTokenizer, z_image.te(), {"qwen3_4b": LANGUAGE})
+    return build_clip(z_image.ZImageTokenizer, z_image.te(), {"qwen3_4b": LANGUAGE})
 
 
 def _lumina_clip() -> sd.CLIP:
     config = {**LANGUAGE, "vocab_size": PIECES}
     data = {"spiece_model": gemma_like_pieces()}
-    return _clip(lumina2.LuminaTokenizer, lumina2.te(), {"gemma2_2b": config}, data)
+    return build_clip(lumina2.LuminaTokenizer, lumina2.te(), {"gemma2_2b": config}, data)
 
 
 def _hidream_clip() -> sd.CLIP:
     encoder = hidream.hidream_clip(clip_l=False, clip_g=False)
-    return _clip(hidream.HiDreamTokenizer, encoder, {"t5xxl": T5, "llama": LANGUAGE})
+    return build_clip(hidream.HiDreamTokenizer, encoder, {"t5xxl": T5, "llama": LANGUAGE})
 
 
 def gemma_like_pieces() -> torch.Tensor:

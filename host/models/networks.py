@@ -1,0 +1,145 @@
+"""Networks with a text cross-attention of their own, and how its projections are found.
+
+A row names the class of `diffusion_model` and the paths of the modules that read the text, never
+a list of layers. Modules are judged by `in_features` and `out_features` only, because quantised
+layers are not `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from comfy.ldm.cosmos.predict2 import MiniTrainDIT
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.wan.model import WanModel
+from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class FusedPart:
+    """The keys' or the values' share of a linear map that makes both.
+
+    Attributes:
+        module: the map, D -> `stop` or more.
+        start, stop: which of its outputs.
+    """
+
+    module: Any
+    start: int
+    stop: int
+
+    @property
+    def in_features(self) -> int:
+        """D, the width of what it reads."""
+        return int(self.module.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """d, the width of this share."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The two text projections of one cross-attention layer.
+
+    Attributes:
+        name: path of the attention module below `diffusion_model`.
+        to_k, to_v: the projection modules (D -> `key_width`, D -> `value_width`), or both a
+            `FusedPart` of one module.
+    """
+
+    name: str
+    to_k: Any
+    to_v: Any
+
+    @property
+    def input_width(self) -> int:
+        """D, the width of what the projections read."""
+        return int(self.to_k.in_features)
+
+    @property
+    def key_width(self) -> int:
+        """d of the key projection."""
+        return int(self.to_k.out_features)
+
+    @property
+    def value_width(self) -> int:
+        """d of the value projection."""
+        return int(self.to_v.out_features)
+
+    @property
+    def modules(self) -> tuple[Any, ...]:
+        """The modules of the projections: two, or one that makes keys and values."""
+        if isinstance(self.to_k, FusedPart):
+            return (self.to_k.module,)
+        return (self.to_k, self.to_v)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One class of networks.
+
+    Attributes:
+        kind: the class of `diffusion_model`; subclasses are other networks unless `subclasses`.
+        attention: matches the whole paths of the modules that read the text.
+        projections: what such a module calls its key and its value projection; one name where one
+            linear map makes both, keys first.
+        subclasses: whether subclasses of `kind` count.
+        entry: path of what every encoding passes, token by token, before the projections read it;
+            None where they read the encodings themselves.
+        axes: of a latent, batch and channels included; 5 where time is one of them.
+    """
+
+    kind: type[nn.Module]
+    attention: str
+    projections: tuple[str, ...]
+    subclasses: bool = False
+    entry: str | None = None
+    axes: int = 4
+
+    def fits(self, network: Any) -> bool:
+        """Whether this is such a network."""
+        return isinstance(network, self.kind) if self.subclasses else type(network) is self.kind
+
+    def cross_attentions(self, network: nn.Module) -> Iterator[CrossAttention]:
+        """Every cross-attention over the text, in module order."""
+        for name, module in network.named_modules():
+            if re.fullmatch(self.attention, name) is None:
+                continue
+            found = [getattr(module, each, None) for each in self.projections]
+            if all(hasattr(linear, "in_features") for linear in found):
+                yield _cross_attention(name, found)
+
+    def unreachable(self, network: nn.Module) -> Iterator[tuple[str, str]]:
+        """Path and class of modules that read the text through projections of other names."""
+        known = {layer.name for layer in self.cross_attentions(network)}
+        for name, module in network.named_modules():
+            if re.fullmatch(self.attention, name) is not None and name not in known:
+                yield name, type(module).__name__
+
+    def text_widths(self, network: nn.Module) -> set[int]:
+        """Widths of the encodings that the network is called with; one unless something is odd."""
+        if self.entry is None:
+            return {layer.input_width for layer in self.cross_attentions(network)}
+        entry: list[Any] = list(network.get_submodule(self.entry).modules())
+        return {next(int(each.in_features) for each in entry if hasattr(each, "in_features"))}
+
+
+def _cross_attention(name: str, linears: list[Any]) -> CrossAttention:
+    if len(linears) == 2:
+        return CrossAttention(name, *linears)
+    (both,) = linears
+    half, whole = int(both.out_features) // 2, int(both.out_features)
+    return CrossAttention(name, FusedPart(both, 0, half), FusedPart(both, half, whole))
+
+
+# In the spatio-temporal blocks of video models `time_stack` reads pictures through layers that
+# look the same.
+UNET = Network(UNetModel, r"(?!.*\.time_stack\.).*(?:^|\.)attn2", ("to_k", "to_v"), subclasses=True)
+COSMOS_PREDICT2 = Network(MiniTrainDIT, r"blocks\.\d+\.cross_attn", ("k_proj", "v_proj"), axes=5)
+# Pictures have projections of their own there, `k_img` and `v_img`.
+WAN = Network(WanModel, r"blocks\.\d+\.cross_attn", ("k", "v"), entry="text_embedding", axes=5)

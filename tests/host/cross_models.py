@@ -1,0 +1,204 @@
+"""ComfyUI's own transformers with a text cross-attention, small, with random weights.
+
+One row for each family. The text is narrower than it really is, and the family's row in the table
+with it: `narrow_families` puts those rows in place for a while. Tokenizers are those that come with
+ComfyUI; UMT5's comes with a checkpoint instead, and a small one of its kind is trained here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import comfy.supported_models as supported
+import sentencepiece
+import torch
+from comfy import model_base, model_patcher, sd
+from comfy.text_encoders import cosmos, wan
+from comfyui_perfusion.host.models.families import FAMILIES, Family, family_named
+
+from tests.host.closed_form.joint_models import CPU, SENTENCES, T5, WIDTH, build_clip, randomise
+
+
+@dataclass(frozen=True)
+class Cross:
+    """One family.
+
+    Attributes:
+        config: class of ComfyUI's configuration.
+        unet: what ComfyUI would detect, but small.
+        full: what it would detect of a published model.
+        base: makes the BaseModel.
+        clip: makes the CLIP.
+        layers: (count, d) of the published model.
+        latent: shape of the small latents.
+        locks: the key locks it takes.
+    """
+
+    config: type
+    unet: dict
+    full: dict
+    base: Callable
+    clip: Callable[[], sd.CLIP]
+    layers: tuple[int, int]
+    latent: tuple[int, ...] = (1, 16, 1, 8, 8)
+    locks: tuple[str, ...] = ("twin", "local", "global")
+    more: dict = field(default_factory=dict)
+
+
+def pieces() -> torch.Tensor:
+    """A sentencepiece model as UMT5's: ids 0 and 1 for padding and end, a space before words."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 8),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=120,
+        pad_id=0,
+        eos_id=1,
+        bos_id=-1,
+        unk_id=2,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+
+
+def _cosmos_clip() -> sd.CLIP:
+    return build_clip(cosmos.CosmosT5Tokenizer, cosmos.te(), {"t5xxl": T5})
+
+
+def _wan_clip() -> sd.CLIP:
+    config = {**T5, "vocab_size": 120}
+    data = {"spiece_model": pieces()}
+    return build_clip(wan.WanT5Tokenizer, wan.te(), {"umt5xxl": config}, data)
+
+
+COSMOS = {
+    "image_model": "cosmos_predict2",
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 2048,
+    "concat_padding_mask": True,
+    "crossattn_emb_channels": 1024,
+    "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True,
+    "pos_emb_interpolation": "crop",
+    "min_fps": 1,
+    "max_fps": 30,
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 256,
+    "num_blocks": 28,
+    "num_heads": 16,
+    "extra_per_block_abs_pos_emb": False,
+    "rope_h_extrapolation_ratio": 4.0,
+    "rope_w_extrapolation_ratio": 4.0,
+    "rope_t_extrapolation_ratio": 1.0,
+}
+SMALL_COSMOS = {
+    "model_channels": 64,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "adaln_lora_dim": 8,
+    "crossattn_emb_channels": WIDTH,
+}
+WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 5120,
+    "out_dim": 16,
+    "num_heads": 40,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "patch_size": (1, 2, 2),
+    "freq_dim": 256,
+    "window_size": (-1, -1),
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+    "in_dim": 16,
+    "text_dim": 4096,
+}
+SMALL_WAN = {"dim": 64, "num_heads": 2, "ffn_dim": 96, "num_layers": 2, "text_dim": WIDTH}
+
+CROSS: dict[str, Cross] = {
+    "cosmos_predict2": Cross(
+        supported.CosmosT2IPredict2,
+        {**COSMOS, **SMALL_COSMOS},
+        COSMOS,
+        model_base.CosmosPredict2,
+        _cosmos_clip,
+        (28, 2048),
+    ),
+    "wan": Cross(
+        supported.WAN21_T2V,
+        {**WAN, **SMALL_WAN},
+        WAN,
+        model_base.WAN21,
+        _wan_clip,
+        (40, 5120),
+        locks=("twin",),
+    ),
+}
+
+
+REAL = tuple(FAMILIES)
+
+
+def narrow_families() -> contextlib.AbstractContextManager[None]:
+    """Let the families' text be as narrow as the small models'."""
+    return _table([_narrow(row) if row.name in CROSS else row for row in REAL])
+
+
+def real_families() -> contextlib.AbstractContextManager[None]:
+    """Within the former: the families' text as it is."""
+    return _table(list(REAL))
+
+
+@contextlib.contextmanager
+def _table(rows: list[Family]) -> Iterator[None]:
+    before = list(FAMILIES)
+    FAMILIES[:] = rows
+    try:
+        yield
+    finally:
+        FAMILIES[:] = before
+
+
+def _narrow(family: Family) -> Family:
+    return dataclasses.replace(family, encoders=dict.fromkeys(family.encoders, WIDTH), width=WIDTH)
+
+
+def build_cross(name: str, seed: int = 0) -> model_patcher.ModelPatcher:
+    """A small MODEL of a family, on the CPU in fp32."""
+    base = base_of(name, CROSS[name].unet, CPU)
+    randomise(base.diffusion_model, seed)
+    return model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
+def full_size(name: str) -> model_base.BaseModel:
+    """The published model's structure, without contents."""
+    return base_of(name, CROSS[name].full, torch.device("meta"))
+
+
+def base_of(name: str, unet: dict, device: torch.device) -> model_base.BaseModel:
+    """ComfyUI's BaseModel of a configuration."""
+    row = CROSS[name]
+    config = row.config(dict(unet))
+    config.set_inference_dtype(torch.float32, None)
+    return row.base(config, device=device)
+
+
+def family_row(name: str) -> Family:
+    """The table's row."""
+    found = family_named(name)
+    assert found is not None
+    return found

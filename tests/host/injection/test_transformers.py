@@ -1,0 +1,288 @@
+"""Concepts on transformers with a text cross-attention of their own: what UNets do, they do too.
+
+A further family is a row of `FAMILIES` and one of `tests/host/cross_models.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import comfy.model_management
+import comfy.sample
+import pytest
+import torch
+from comfyui_perfusion.host.injection.apply import apply_concepts
+from comfyui_perfusion.host.models.families import cross_attentions, family_of, family_of_clip
+from comfyui_perfusion.host.models.networks import FusedPart
+from comfyui_perfusion.host.text.twin import untwined
+from comfyui_perfusion.perfusion import GateSchedule, edit_projection, load_concept, save_concept
+from comfyui_perfusion.perfusion.gated.twin_lock import twin_gates, twin_inputs
+from torch.nn import functional
+
+from tests.host.cross_models import (
+    CROSS,
+    build_cross,
+    full_size,
+    narrow_families,
+    real_families,
+)
+
+PROMPT = "a photo of a <a>, and a (<b>:1.3) in the snow"
+READS_AS = "a photo of a mug, and a (blue bag:1.3) in the snow"
+NAMELESS = "a small cat in a garden"
+# Sums of some thousand products in fp32, relative to the largest value.
+CLOSE = {"rtol": 0, "atol": 2e-4}
+
+
+class Small:
+    """A family's small MODEL and CLIP, and two concepts with open gates."""
+
+    def __init__(self, name, worlds):
+        self.name = name
+        self.row = CROSS[name]
+        self.model = build_cross(name)
+        self.clip = self.row.clip()
+        first = self.concept(worlds, 0, "<a>", "mug")
+        second = self.concept(worlds, 1, "<b>", "blue bag", strength=0.7)
+        self.concepts = first, dataclasses.replace(second, twin_locked=True)
+
+    def concept(self, worlds, seed, placeholder, superclass, **changes):
+        changes = {"bias": -1.0, **changes}
+        found = worlds.fitting_concept(self.model, self.clip, seed, placeholder, **changes)
+        return dataclasses.replace(found, superclass=superclass)
+
+    def sample(self, model, positive, negative, steps=2):
+        with torch.inference_mode():
+            latent = torch.zeros(self.row.latent)
+            noise = comfy.sample.prepare_noise(latent, 0)
+            return comfy.sample.sample(
+                *(model, noise, steps, 2.0, "euler", "simple", positive, negative, latent),
+                disable_pbar=True,
+                seed=0,
+            )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow():
+    with narrow_families():
+        yield
+
+
+@pytest.fixture(scope="module")
+def smalls(worlds):
+    """Each family's small models, built once."""
+    return functools.cache(lambda name: Small(name, worlds))
+
+
+@pytest.fixture(params=CROSS)
+def small(request, smalls):
+    return smalls(request.param)
+
+
+def rows_of(layer):
+    """The weights and biases of a layer's keys and values."""
+    found = []
+    for part in (layer.to_k, layer.to_v):
+        module = part.module if isinstance(part, FusedPart) else part
+        rows = slice(part.start, part.stop) if isinstance(part, FusedPart) else slice(None)
+        bias = None if module.bias is None else module.bias[rows]
+        found.append((module.weight[rows], bias))
+    return found
+
+
+def replace_projections(model, keys, values):
+    """Let a model of its own project by functions of (layer's name, weight, bias, what is read)."""
+    for layer in cross_attentions(model.model):
+        (k, k_bias), (v, v_bias) = rows_of(layer)
+        key = functools.partial(keys, layer.name, k, k_bias)
+        value = functools.partial(values, layer.name, v, v_bias)
+        if len(layer.modules) == 1:
+            layer.modules[0].forward = lambda x, key=key, value=value: torch.cat(
+                [key(x), value(x)], -1
+            )
+        else:
+            layer.to_k.forward, layer.to_v.forward = key, value
+    return model
+
+
+def plain(name, weight, bias, context):
+    return functional.linear(context, weight, bias)
+
+
+def close_to(found, expected):
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found / scale, expected / scale, **CLOSE)
+
+
+def oracle(small, concepts, pairs, acting=lambda layer, concept: True):
+    """A model that reads twins, its values the pure function of a table of (e, t), (1, N, D)."""
+    pure = build_cross(small.name)
+    entry = family_of(pure.model).network.entry
+    network = pure.model.diffusion_model
+
+    def read_of(encodings):
+        return encodings if entry is None else network.get_submodule(entry)(encodings)
+
+    def pair_of(row):
+        for prompt, twin in pairs:
+            read = read_of(twin)[0]
+            if read.shape == row.shape and torch.allclose(read, row, atol=1e-5):
+                return prompt, twin
+        raise AssertionError("the model reads something else than a twin")
+
+    def values(name, weight, bias, context):
+        chosen = [concept for concept in concepts if acting(name, concept)]
+        if not chosen:
+            return plain(name, weight, bias, context)
+        outputs = torch.stack([concept.o_v[name] for concept in chosen])
+        found = []
+        for row in context:
+            prompt, twin = pair_of(row)
+            gates = twin_gates(prompt, twin, [concept.direction() for concept in chosen])[0]
+            found.append(functional.linear(twin_inputs(row, gates), weight, bias) + gates @ outputs)
+        return torch.stack(found)
+
+    return replace_projections(pure, plain, values)
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_the_published_model_is_detected_and_its_layers_are_found(name):
+    with real_families():
+        model = full_size(name)
+        layers = cross_attentions(model)
+        assert family_of(model).name == name
+    assert (len(layers), {layer.value_width for layer in layers}) == (
+        CROSS[name].layers[0],
+        {CROSS[name].layers[1]},
+    )
+    assert {layer.key_width for layer in layers} == {CROSS[name].layers[1]}
+
+
+def test_the_text_encoder_tells_its_family(small):
+    assert family_of(small.model.model).name == small.name
+    assert family_of_clip(small.clip).name == small.name
+
+
+def test_the_prompt_reads_as_its_superclass_token_for_token(small, worlds):
+    _, clip = apply_concepts(small.model, small.clip, small.concepts, "twin")
+    for text, reads_as in ((PROMPT, READS_AS), ("<b>", "blue bag"), ("(<a>)!", "(mug)!")):
+        ((found, more),) = worlds.encode(clip, text)
+        ((expected, plain_more),) = worlds.encode(small.clip, reads_as)
+        prompt, twin = untwined(found)
+        assert torch.equal(twin, expected)
+        assert prompt.shape == twin.shape
+        assert not torch.equal(prompt, twin)
+        for key, value in plain_more.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(more[key], value)
+
+
+def test_a_sampled_picture_is_that_of_the_pure_function(small, worlds):
+    patched, clip = apply_concepts(small.model, small.clip, small.concepts, "twin")
+    both = [worlds.encode(clip, text) for text in (PROMPT, "")]
+    stock = [worlds.encode(small.clip, text) for text in (READS_AS, "")]
+    found = small.sample(patched, *both)
+    pairs = read_pairs(small, clip, (PROMPT, ""))
+    close_to(found, small.sample(oracle(small, small.concepts, pairs), *stock))
+    bare = small.sample(small.model, *stock)
+    assert not torch.allclose(found, bare, atol=1e-2 * float(bare.abs().max()))
+
+
+def test_a_prompt_that_names_no_concept_gives_the_base_models_picture_to_the_last_bit(
+    small, worlds
+):
+    before = worlds.state(small.model)
+    patched, clip = apply_concepts(small.model, small.clip, small.concepts, "twin")
+    known = [worlds.encode(clip, text) for text in (NAMELESS, "")]
+    stock = [worlds.encode(small.clip, text) for text in (NAMELESS, "")]
+    expected = small.sample(small.model, *stock)
+    assert torch.equal(small.sample(patched, *known), expected)
+    # Neither is it changed by a sampling that names them.
+    named = small.sample(patched, worlds.encode(clip, PROMPT), known[1])
+    assert torch.equal(small.sample(patched, *known), expected)
+    assert torch.equal(small.sample(patched, worlds.encode(clip, PROMPT), known[1]), named)
+    comfy.model_management.unload_all_models()
+    assert worlds.same(worlds.state(small.model), before)
+    for layer in cross_attentions(small.model.model):
+        assert not any("forward" in vars(module) for module in layer.modules)
+
+
+def test_strength_and_schedule_are_each_concepts_own(small, worlds):
+    first, second = small.concepts
+    clips = worlds.encode(small.clip, READS_AS), worlds.encode(small.clip, "")
+    silent = [concept.with_gate(strength=0.0) for concept in small.concepts]
+    patched, clip = apply_concepts(small.model, small.clip, silent, "twin")
+    named = [worlds.encode(clip, text) for text in (PROMPT, "")]
+    assert torch.equal(small.sample(patched, *named), small.sample(small.model, *clips))
+    never = second.with_schedule(GateSchedule(0.501, 0.502, (-1.0, -1.0), (0.2, 0.2), ()))
+    patched, clip = apply_concepts(small.model, small.clip, [first, never], "twin")
+    named = [worlds.encode(clip, text) for text in (PROMPT, "")]
+    pairs = read_pairs(small, clip, (PROMPT, ""))
+    expected = small.sample(oracle(small, [first], pairs), *clips)
+    close_to(small.sample(patched, *named), expected)
+
+
+def test_other_key_locks_are_the_pure_function_or_refused_by_name(small, worlds):
+    concepts = [dataclasses.replace(each, twin_locked=False) for each in small.concepts]
+    for lock in ("local", "global"):
+        if lock not in small.row.locks:
+            with pytest.raises(ValueError, match=f"{family_of(small.model.model).label}.*{lock}"):
+                apply_concepts(small.model, small.clip, concepts, lock)
+            continue
+        patched, clip = apply_concepts(small.model, small.clip, concepts, lock)
+        both = [worlds.encode(clip, text) for text in (PROMPT, "")]
+        found = small.sample(patched, *both)
+        pairs = read_pairs(small, clip, (PROMPT, ""))
+        directions = [concept.direction() for concept in concepts]
+
+        def keys(name, weight, bias, context, lock=lock, directions=directions, pairs=pairs):
+            if lock == "local":
+                outputs = [weight @ concept.superclass_encoding for concept in concepts]
+                return edit_projection(weight, context, directions, torch.stack(outputs))
+            twins = [
+                next(twin for prompt, twin in pairs if torch.allclose(prompt[0], row, atol=1e-5))
+                for row in context
+            ]
+            return functional.linear(torch.cat(twins), weight, bias)
+
+        def values(name, weight, bias, context, directions=directions):
+            outputs = torch.stack([concept.o_v[name] for concept in concepts])
+            return edit_projection(weight, context, directions, outputs)
+
+        pure = replace_projections(build_cross(small.name), keys, values)
+        prompts = [[[untwined(cond)[0], more] for cond, more in each] for each in both]
+        close_to(found, small.sample(pure, *prompts))
+
+
+def test_a_concept_file_names_its_family_and_is_refused_by_another(small, smalls, worlds, tmp_path):
+    file = save_concept(small.concepts[0], tmp_path / "concept.safetensors", torch.float32)
+    concept = load_concept(file)
+    assert concept.family == small.name
+    other = smalls(next(name for name in CROSS if name != small.name))
+    label, theirs = (family_of(each.model.model).label for each in (small, other))
+    with pytest.raises(ValueError, match=f"trained for {label}, the model is {theirs}"):
+        apply_concepts(other.model, other.clip, [concept], "twin")
+    with pytest.raises(ValueError, match=f"trained for {label}, the model is Stable Diffusion 1"):
+        apply_concepts(worlds.model("sd1_light"), worlds.clip("sd1"), [concept], "twin")
+    loaded = apply_concepts(small.model, small.clip, [concept], "twin")
+    assert torch.equal(
+        worlds.encode(loaded[1], "a <a>")[0][0].as_subclass(torch.Tensor),
+        worlds.encode(small.clip, "a mug")[0][0],
+    )
+
+
+def test_a_clip_of_another_family_is_refused(small, worlds):
+    label = family_of(small.model.model).label
+    with pytest.raises(ValueError, match=f"does not belong to {label}"):
+        apply_concepts(small.model, worlds.clip("sd1"), small.concepts, "twin")
+
+
+def read_pairs(small, clip, texts):
+    """(e, t) of prompts, as the model is called with them."""
+    return [untwined(cond) for text in texts for cond, _ in encoded(clip, text)]
+
+
+def encoded(clip, text):
+    with torch.inference_mode():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))

@@ -1,0 +1,202 @@
+"""The forms in which people load weights: quantised by ComfyUI, or by packs as they do it.
+
+Every builder takes the weights of a small SD1.x UNet in fp32 and gives a MODEL that holds them in
+its form, and what they are there, as plain fp32 weights.
+"""
+
+from __future__ import annotations
+
+import json
+
+import comfy.ops
+import torch
+from comfy import model_base
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+CPU = torch.device("cpu")
+BLOCK = 32
+
+State = dict[str, torch.Tensor]
+
+
+def quantised_by_comfyui(worlds, state: State, algorithm: str, full_precision: bool = True):
+    """As a checkpoint that says layer by layer how it is quantised ("comfy_quant")."""
+    conf = {"format": algorithm, "full_precision_matrix_mult": full_precision}
+    layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+    stored, plain = {}, {}
+    for key, weight in state.items():
+        stored[key] = plain[key] = weight
+        if ".attn" not in key or weight.ndim != 2:
+            continue
+        quantised = QuantizedTensor.from_float(weight, layout, scale="recalculate")
+        plain[key] = quantised.dequantize()
+        del stored[key]
+        stored |= quantised.state_dict(key)
+        note = list(json.dumps(conf).encode())
+        stored[f"{key.removesuffix('weight')}comfy_quant"] = torch.tensor(note, dtype=torch.uint8)
+    # As in a graph: what is made outside of inference mode cannot be moved inside of it.
+    with torch.inference_mode():
+        model = _empty(worlds, quant_config={"mixed_ops": True})
+        model.diffusion_model.load_state_dict(stored, strict=False)
+    return worlds.patcher(model), plain
+
+
+class PackedWeight(torch.Tensor):
+    """Eight bits a value and a scale for every block of a row, as Q8_0 is; its shape is a claim."""
+
+    claimed: torch.Size
+    scales: torch.Tensor
+
+    @staticmethod
+    def of(weight: torch.Tensor) -> PackedWeight:
+        blocks = weight.reshape(-1, BLOCK)
+        scales = blocks.abs().amax(1, keepdim=True) / 127
+        packed = (blocks / scales).round().to(torch.int8).as_subclass(PackedWeight)
+        packed.claimed, packed.scales = weight.shape, scales
+        return packed
+
+    @property
+    def shape(self):
+        return self.claimed
+
+    def to(self, *args, **kwargs):
+        return self
+
+    def clone(self, *args, **kwargs):
+        return self
+
+    def detach(self):
+        return self
+
+    def unpacked(self) -> torch.Tensor:
+        """The weight that is meant, in fp32."""
+        plain = self.as_subclass(torch.Tensor).float() * self.scales
+        return plain.reshape(self.claimed)
+
+
+class PackedOps(comfy.ops.manual_cast):
+    """Operations of a pack that unpacks weights where they are used, as ComfyUI-GGUF does."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features = in_features, out_features
+            self.weight = self.bias = None
+
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            weight, bias = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if bias is not None:
+                self.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            # For estimates of memory only.
+            destination[f"{prefix}weight"] = torch.zeros(self.weight.shape, device="meta")
+            if self.bias is not None:
+                destination[f"{prefix}bias"] = self.bias
+
+        def forward_comfy_cast_weights(self, input):
+            weight = self.weight
+            weight = weight.unpacked() if isinstance(weight, PackedWeight) else weight
+            return torch.nn.functional.linear(input, weight.to(input.dtype), self.bias)
+
+
+def packed(worlds, state: State):
+    """All linear weights of the attentions packed."""
+    stored = {
+        key: PackedWeight.of(value) if ".attn" in key and value.ndim == 2 else value
+        for key, value in state.items()
+    }
+    model = _empty(worlds, custom_operations=PackedOps)
+    model.diffusion_model.load_state_dict(stored, strict=False)
+    plain = {
+        key: value.unpacked() if isinstance(value, PackedWeight) else value
+        for key, value in stored.items()
+    }
+    return worlds.patcher(model), plain
+
+
+class LowRankLinear(torch.nn.Module):
+    """A map without a weight, in parts of its own, as nunchaku's are."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        self.proj_up = torch.nn.Parameter(left[:, :8] * values[:8], requires_grad=False)
+        self.proj_down = torch.nn.Parameter(right[:8], requires_grad=False)
+        rest = (weight - self.proj_up @ self.proj_down).to(torch.bfloat16)
+        self.qweight = torch.nn.Parameter(rest, requires_grad=False)
+        self.bias = bias
+
+    def whole(self) -> torch.Tensor:
+        """The weight that is meant, in fp32."""
+        return self.proj_up @ self.proj_down + self.qweight.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rest = torch.nn.functional.linear(x, self.qweight.to(x.dtype), self.bias)
+        return rest + x @ self.proj_down.to(x.dtype).mT @ self.proj_up.to(x.dtype).mT
+
+
+def replaced_maps(worlds, state: State):
+    """Text projections that are another pack's modules, reachable under their names."""
+    model, plain = _empty(worlds), dict(state)
+    model.diffusion_model.load_state_dict(state)
+    for name, module in list(model.diffusion_model.named_modules()):
+        if name.endswith(".attn2"):
+            for part in ("to_k", "to_v"):
+                map_ = LowRankLinear(getattr(module, part).weight, None)
+                plain[f"{name}.{part}.weight"] = map_.whole()
+                setattr(module, part, map_)
+    return worlds.patcher(model), plain
+
+
+class FusedAttention(torch.nn.Module):
+    """A cross-attention whose keys and values come out of one kernel that nothing can reach."""
+
+    def __init__(self, attention: torch.nn.Module) -> None:
+        super().__init__()
+        self.kernel = [attention]
+
+    def forward(self, *args, **kwargs):
+        return self.kernel[0](*args, **kwargs)
+
+
+def fused_attentions(worlds, state: State):
+    """One cross-attention of several replaced as a whole."""
+    model = _empty(worlds)
+    model.diffusion_model.load_state_dict(state)
+    block = model.diffusion_model.middle_block[1].transformer_blocks[0]
+    block.attn2 = FusedAttention(block.attn2)
+    return worlds.patcher(model)
+
+
+class WrappedNetwork(torch.nn.Module):
+    """A whole network of another pack's in the place of ComfyUI's."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.dtype = network, network.dtype
+
+
+def wrapped_network(model: model_base.BaseModel) -> model_base.BaseModel:
+    """The same model with its network wrapped."""
+    model.diffusion_model = WrappedNetwork(model.diffusion_model)
+    return model
+
+
+def plain(worlds, state: State, dtype: torch.dtype = torch.float32):
+    """An ordinary MODEL with these weights, stored and computed in a dtype."""
+    model = _empty(worlds, dtype=dtype)
+    model.diffusion_model.load_state_dict(state)
+    return worlds.patcher(model)
+
+
+def _empty(worlds, dtype: torch.dtype = torch.float32, **config) -> model_base.BaseModel:
+    settings = worlds.base_model("sd1_light").model_config
+    kind = type(settings)({**settings.unet_config, "dtype": dtype})
+    cast = torch.float32 if config else None
+    kind.set_inference_dtype(dtype, cast)
+    for name, value in config.items():
+        setattr(kind, name, value)
+    return model_base.BaseModel(kind, device=CPU)
