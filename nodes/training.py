@@ -110,7 +110,8 @@ class PerfusionTrainConcept(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="White where the thing is in each picture; the rest is not learned. "
-                    "One for each picture, or one for all.",
+                    "One for each picture, or one for all. Load Image's MASK is white around the "
+                    "thing: put Invert Mask between.",
                 ),
                 TrainingOptionsKind.Input(
                     "options",

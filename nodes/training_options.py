@@ -213,8 +213,8 @@ def _images() -> list[io.Input]:
             max=4096,
             step=64,
             tooltip="Brings every picture to about this size squared, each in its own shape and "
-            "without squashing: 512 for SD1.x, 1024 for SDXL. 0: as they are, larger "
-            "ones brought to that size.",
+            "without squashing: 512 for SD1.x, 1024 for SDXL. 0: larger ones to the model's own "
+            "size, smaller ones stay as they are.",
         ),
         io.Boolean.Input(
             "flip",
@@ -227,7 +227,8 @@ def _images() -> list[io.Input]:
             "use_alpha",
             optional=True,
             default=images.alpha,
-            tooltip="Takes the transparency of pictures as their mask where no mask is connected.",
+            tooltip="Takes the transparency of pictures as their mask where no mask is connected. "
+            "Load Photos keeps it; Load Image gives it as a MASK, which goes through Invert Mask.",
             advanced=True,
         ),
         io.Float.Input(
