@@ -120,6 +120,20 @@ def test_a_dropped_concept_file_is_kept_and_gets_a_loader(page: Page, comfy_serv
     assert kept.read_bytes() == SHIPPED.read_bytes()
 
 
+def test_a_click_in_the_model_library_adds_a_loader_for_the_concept(page: Page) -> None:
+    page.evaluate(
+        "() => window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.model-library')"
+    )
+    library = page.locator(".side-bar-panel")
+    library.get_by_text("perfusion", exact=True).click()
+    library.get_by_text("bo", exact=True).click()
+    page.wait_for_function(f"({LOADED})().length === 1", timeout=15_000)
+    assert page.evaluate(LOADED) == ["bo.safetensors"]
+    page.evaluate(
+        "() => window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.model-library')"
+    )
+
+
 def test_a_dropped_file_that_is_damaged_is_refused_in_words(
     page: Page, comfy_server: Server
 ) -> None:
