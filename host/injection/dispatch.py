@@ -20,7 +20,9 @@ from torch import Tensor
 Projection = Callable[[Tensor], Tensor]
 
 _DISPATCHER = "_perfusion_dispatcher"
-_CALL = "_apply_model"
+APPLY = "_apply_model"
+CONDITIONS = "extra_conds"
+"""What makes of a conditioning all that the model is called with, once before sampling."""
 
 
 class Override(Protocol):
@@ -80,34 +82,41 @@ Around = Callable[..., Any]
 
 
 class CallDispatcher:
-    """Stands in for the `_apply_model` of a ComfyUI BaseModel while concepts are injected."""
+    """Stands in for a method of a ComfyUI BaseModel while concepts are injected.
 
-    def __init__(self, model: BaseModel) -> None:
-        self.replaced: ModelCall | None = model.__dict__.get(_CALL)
+    Args:
+        model: whose method it is.
+        method: its name: `APPLY`, or `CONDITIONS`.
+    """
+
+    def __init__(self, model: BaseModel, method: str) -> None:
+        self.replaced: ModelCall | None = model.__dict__.get(method)
         self.around: dict[int, Around] = {}
         self._model = model
+        self._method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model
-        original = self.replaced or functools.partial(type(model)._apply_model, model)
+        own: ModelCall = getattr(type(model), self._method)
+        original = self.replaced or functools.partial(own, model)
         around = next(reversed(self.around.values()), None)
         if around is None:
             return original(*args, **kwargs)
         return around(original, model, *args, **kwargs)
 
 
-def install_call(model: BaseModel, owner: int, around: Around) -> None:
-    """Go around a model's calls from now on, in the name of one owner."""
-    dispatcher = model.__dict__.get(_CALL)
+def install_call(model: BaseModel, owner: int, around: Around, method: str = APPLY) -> None:
+    """Go around calls of a model's method from now on, in the name of one owner."""
+    dispatcher = model.__dict__.get(method)
     if not isinstance(dispatcher, CallDispatcher):
-        dispatcher = model.__dict__[_CALL] = CallDispatcher(model)
+        dispatcher = model.__dict__[method] = CallDispatcher(model, method)
     dispatcher.around.pop(owner, None)
     dispatcher.around[owner] = around
 
 
-def uninstall_call(model: BaseModel, owner: int) -> None:
-    """Stop going around a model's calls in the name of this owner."""
-    dispatcher = model.__dict__.get(_CALL)
+def uninstall_call(model: BaseModel, owner: int, method: str = APPLY) -> None:
+    """Stop going around calls of a model's method in the name of this owner."""
+    dispatcher = model.__dict__.get(method)
     # One that another pack laid something over stays, and passes through.
     if not isinstance(dispatcher, CallDispatcher):
         return
@@ -115,9 +124,9 @@ def uninstall_call(model: BaseModel, owner: int) -> None:
     if dispatcher.around:
         return
     if dispatcher.replaced is None:
-        del model.__dict__[_CALL]
+        del model.__dict__[method]
     else:
-        model.__dict__[_CALL] = dispatcher.replaced
+        model.__dict__[method] = dispatcher.replaced
 
 
 def install(module: Any) -> Dispatcher:

@@ -17,12 +17,14 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.rank_one import project
 from ..interface.messages import warn
-from ..models.families import cross_attentions
+from ..models.families import cross_attentions, network_of
 from ..models.networks import CrossAttention, FusedPart
 from ..text.twin import TwinEncoding, told_apart, untwined
+from .adapted import around_conditions
 from .agenda import Agenda, clock_of
 from .control import give_superclass_encodings
 from .dispatch import (
+    CONDITIONS,
     Dispatcher,
     ModelCall,
     Override,
@@ -225,11 +227,14 @@ class ConceptInjection:
             edit.add(id(patcher), layer, self.concepts)
         self._live[id(patcher)] = edit
         install_call(model, id(patcher), functools.partial(self.around_call, edit))
+        if network_of(model).adapts:
+            install_call(model, id(patcher), around_conditions, CONDITIONS)
 
     def eject(self, patcher: ModelPatcher) -> None:
         """Take the patcher's edit out of its model again, if it is there."""
         model: Any = patcher.model
         uninstall_call(model, id(patcher))
+        uninstall_call(model, id(patcher), CONDITIONS)
         for layer in cross_attentions(model):
             for module in layer.modules:
                 uninstall(module, id(patcher))

@@ -15,17 +15,18 @@ _HASHED_VALUES = 16
 _MAY_BE_UNFILLED = "text_projection.weight"
 
 
-def weights_digest(patcher: ModelPatcher, more: str = "") -> str:
+def weights_digest(patcher: ModelPatcher, more: str = "", within: str = "") -> str:
     """16 hexadecimal digits for the weights of a patcher, the patches on it, and some text.
 
     Of every weight, values spread over all of it are looked at; except of the projection with
-    which a text encoder was trained beside pictures, where there may be anything.
+    which a text encoder was trained beside pictures, where there may be anything. `within`: only
+    of weights whose names begin so.
     """
     content = hashlib.sha256(more.encode())
     # Not the patcher's own `get_key_patches`: it looks for every key among a module's attributes,
     # where the scales of quantised weights are not.
     for key, weight in sorted(patcher.model_state_dict().items()):
-        if key.endswith(_MAY_BE_UNFILLED):
+        if key.endswith(_MAY_BE_UNFILLED) or not key.startswith(within):
             continue
         content.update(key.encode())
         _hash_values(content, _unpatched(patcher, key, weight))

@@ -7,16 +7,17 @@ that it is called with, and the text encoders that make them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from comfy.model_base import BaseModel
 from comfy.sd import CLIP
+from comfy.text_encoders.anima import AnimaTEModel
 from comfy.text_encoders.cosmos import CosmosT5XXL
 from comfy.text_encoders.wan import WanT5Model
 from torch import nn
 
-from .networks import COSMOS_PREDICT2, UNET, WAN, CrossAttention, Network
+from .networks import ANIMA, COSMOS_PREDICT2, UNET, WAN, CrossAttention, Network
 from .text_entries import entry_of
 from .unsupported import UnsupportedModelError, describe_model, no_concepts, unprompted
 
@@ -55,6 +56,8 @@ class Family:
         network: the networks it is of.
         clips: classes of a CLIP's text model, where widths alone do not tell; empty for any.
         tells: what else a model of it has, where the network is another family's, too.
+        queries: tokens whose vectors are in a table of the model's, by the name of their
+            tokenizer, to that table's width (`query_adapter`). What is read has their positions.
     """
 
     name: str
@@ -66,6 +69,17 @@ class Family:
     network: Network = UNET
     clips: tuple[type[nn.Module], ...] = ()
     tells: Callable[[BaseModel], bool] = lambda model: True
+    queries: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> str:
+        """Whose tokens the encodings belong to, one for one."""
+        return next(iter(self.queries or self.encoders))
+
+    @property
+    def vectors(self) -> dict[str, int]:
+        """What a concept has a vector for, to its width."""
+        return {**self.encoders, **self.queries}
 
     def owns(self, clip: CLIP) -> bool:
         """Whether a ComfyUI CLIP has this family's text encoders."""
@@ -84,6 +98,13 @@ FAMILIES: list[Family] = [
         side=128,
         network=COSMOS_PREDICT2,
         clips=(CosmosT5XXL,),
+    ),
+    Family(
+        *("anima", "Anima", {"qwen3_06b": 1024}, 1024),
+        side=128,
+        network=ANIMA,
+        clips=(AnimaTEModel,),
+        queries={"t5xxl": 1024},
     ),
     Family(
         *("wan", "Wan 2.1/2.2", {"umt5xxl": 4096}, 4096),
@@ -212,6 +233,11 @@ def embedding_width(encoder: Any) -> int:
 def encoder_widths(clip: CLIP) -> dict[str, int]:
     """The text encoders of a ComfyUI CLIP by name, with their embeddings' widths."""
     return {name: embedding_width(encoder) for name, encoder in encoder_models(clip).items()}
+
+
+def query_widths(clip: CLIP) -> dict[str, int]:
+    """`Family.queries` of the family whose text encoders a CLIP has; none for an unknown one."""
+    return next((family.queries for family in FAMILIES if family.owns(clip)), {})
 
 
 def check_clip(clip: CLIP, family: Family) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from comfy.ldm.anima.model import Anima
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.wan.model import WanModel
@@ -91,6 +92,8 @@ class Network:
         subclasses: whether subclasses of `kind` count.
         entry: path of what every encoding passes, token by token, before the projections read it;
             None where they read the encodings themselves.
+        adapts: whether the model makes what is read out of the encodings by an adapter of its own,
+            before it is called (`query_adapter`).
         axes: of a latent, batch and channels included; 5 where time is one of them.
     """
 
@@ -99,6 +102,7 @@ class Network:
     projections: tuple[str, ...]
     subclasses: bool = False
     entry: str | None = None
+    adapts: bool = False
     axes: int = 4
 
     def fits(self, network: Any) -> bool:
@@ -141,5 +145,6 @@ def _cross_attention(name: str, linears: list[Any]) -> CrossAttention:
 # look the same.
 UNET = Network(UNetModel, r"(?!.*\.time_stack\.).*(?:^|\.)attn2", ("to_k", "to_v"), subclasses=True)
 COSMOS_PREDICT2 = Network(MiniTrainDIT, r"blocks\.\d+\.cross_attn", ("k_proj", "v_proj"), axes=5)
+ANIMA = Network(Anima, r"blocks\.\d+\.cross_attn", ("k_proj", "v_proj"), adapts=True, axes=5)
 # Pictures have projections of their own there, `k_img` and `v_img`.
 WAN = Network(WanModel, r"blocks\.\d+\.cross_attn", ("k", "v"), entry="text_embedding", axes=5)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ...perfusion.files.safe_file import FileFormatError
 from ...perfusion.gated.covariance import Covariance, CovarianceAccumulator, Positions
 from ...perfusion.gated.covariance_file import load_covariance, save_covariance
+from ..models.query_adapter import adapter_digest, adapter_of
 from .caption_sources import CaptionSource
-from .text_encoders import TextEncoders, Tokens
+from .text_encoders import TextEncoders, Tokens, as_long_as
 
 logger = logging.getLogger("perfusion")
 
@@ -32,13 +34,15 @@ def measure_covariance(
     on_progress: OnProgress | None = None,
     positions: Positions = "words",
     total: int | None = None,
+    model: ModelPatcher | None = None,
 ) -> Covariance:
     """Second moment of the encodings of captions, batch after batch, in fp64.
 
     `clip` is measured as it conditions a model: with its clip skip, LoRA and concatenation.
     `positions` "words" counts words and end tokens, "all" also the start token and the padding.
     `on_progress(done, total)` is called after each batch and may raise; `total` is needed for it
-    when the captions have no length. Only one batch of captions is ever held.
+    when the captions have no length. `model` is needed where it adapts encodings before it reads
+    them. Only one batch of captions is ever held.
 
     Raises:
         ValueError: when no caption has a word in it.
@@ -47,7 +51,7 @@ def measure_covariance(
         captions = list(captions)
         total = len(captions)
     wanted = (caption for caption in captions if caption.strip())
-    text = TextEncoders(clip)
+    text = TextEncoders(clip, None if model is None else adapter_of(model))
     statistics = CovarianceAccumulator(text.family.width, positions, text.digest())
     done = 0
     # A GPU encodes one batch while the CPU takes the words of the next one apart.
@@ -59,7 +63,7 @@ def measure_covariance(
             mask = torch.stack([text.word_mask(section) for section in part])
             with torch.no_grad():
                 encodings = text.encode(part).encodings
-            statistics.add(encodings, mask[:, : encodings.shape[1]])
+            statistics.add(encodings, as_long_as(mask, encodings))
         done += len(batch)
         if on_progress is not None:
             on_progress(min(done, total), total)
@@ -73,13 +77,17 @@ def covariance_of(
     source: CaptionSource,
     on_progress: OnProgress | None = None,
     positions: Positions = "words",
+    model: ModelPatcher | None = None,
 ) -> Covariance:
     """The covariance over a source, from disk when the very same was measured before.
 
-    The same means: encoder weights and patches, layer, captions, positions. A damaged file is
-    measured anew and replaced.
+    The same means: encoder weights and patches, layer, captions, positions, and those of the
+    `model` where it adapts encodings. A damaged file is measured anew and replaced.
     """
-    path = _path(TextEncoders(clip).digest(), source, positions)
+    text = TextEncoders(clip)
+    adapts = model is not None and bool(text.family.queries)
+    more = f" {adapter_digest(model)}" if model is not None and adapts else ""
+    path = _path(text.digest(), source, positions, more)
     if path.exists():
         try:
             found = load_covariance(path)
@@ -87,7 +95,9 @@ def covariance_of(
             return found
         except FileFormatError as error:
             logger.warning("measuring the covariance again, its file cannot be used: %s", error)
-    measured = measure_covariance(clip, source.read(), on_progress, positions, source.count)
+    measured = measure_covariance(
+        clip, source.read(), on_progress, positions, source.count, model if adapts else None
+    )
     save_covariance(measured, path)
     logger.info("covariance measured: %s, kept in %s", describe(measured), path)
     return measured
@@ -108,8 +118,9 @@ def register_folder() -> None:
     folder_paths.add_model_folder_path(FOLDER, str(place))
 
 
-def _path(encoder: str, source: CaptionSource, positions: Positions) -> Path:
-    key = hashlib.sha256(f"{encoder}\n{source.key}\n{positions}".encode()).hexdigest()[:24]
+def _path(encoder: str, source: CaptionSource, positions: Positions, more: str) -> Path:
+    content = f"{encoder}\n{source.key}\n{positions}{more}"
+    key = hashlib.sha256(content.encode()).hexdigest()[:24]
     return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{encoder}-{key}.safetensors"
 
 

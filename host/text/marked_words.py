@@ -56,6 +56,13 @@ def word_text(tokenizer: Any, word: str) -> str:
     return f" {word}" if isinstance(tokenizer.tokenizer, Qwen2Tokenizer) else word
 
 
+def in_place_of(token: Tensor, vector: Tensor) -> Tensor:
+    """Another vector (dim,) in the place of a placeholder's, of which it keeps the memory."""
+    found = vector.view_as(vector)
+    setattr(found, _TAKES_PLACE_OF, takes_place_of(token))
+    return found
+
+
 class MarkedWords:
     """Stands in for the tokenizer within an SDTokenizer: `(text) -> {"input_ids": ...}`.
 

@@ -24,9 +24,10 @@ from ...perfusion.concept.concept import Concept
 from ...perfusion.text.words import word_pattern
 from ..models.families import (
     attribute_of,
-    embedding_width,
     encoder_label,
     encoder_models,
+    encoder_widths,
+    query_widths,
     tokenizer_of,
 )
 from .marked_words import MarkedWords, Served, mark, spaces_matter
@@ -75,9 +76,9 @@ def with_placeholders(clip: CLIP, concepts: Sequence[Concept], twin_lock: bool =
         ValueError: for a vector missing for a text encoder or of the wrong width, and under twin
             lock for a superclass of too many sub-words.
     """
-    encoders = encoder_models(clip)
+    widths = {**encoder_widths(clip), **query_widths(clip)}
     for concept in concepts:
-        _check_vectors(concept, encoders)
+        _check_vectors(concept, widths)
         if is_existing_word(clip, concept.placeholder):
             logger.warning(
                 "the placeholder %r is a word of its own; prompts can no longer use that word",
@@ -95,7 +96,8 @@ def with_placeholders(clip: CLIP, concepts: Sequence[Concept], twin_lock: bool =
     for concept in concepts:
         vectors = concept.embeddings
         if twin_lock:
-            vectors = served_rows(superclass_words(clip, concept.superclass), vectors)
+            rows = served_rows(superclass_words(clip, concept.superclass), vectors)
+            vectors = {**vectors, **rows}
         clip = serve_vectors(clip, concept.placeholder, vectors, concept.superclass, twin_lock)
     return clip if concepts else clip.clone()
 
@@ -118,7 +120,7 @@ def serve_vectors(
     """
     clone = clip.clone()
     clone.tokenizer = copy.copy(clip.tokenizer)
-    for name in encoder_models(clip):
+    for name in (*encoder_models(clip), *query_widths(clip)):
         tokenizer = copy.copy(tokenizer_of(clone, name))
         if not isinstance(tokenizer, _PlaceholderTokenizer):
             tokenizer.__class__ = _placeholder_class(type(tokenizer))
@@ -197,10 +199,9 @@ def _whole_word(word: str) -> str:
     return f"(?<!embedding:){word_pattern(word)}"
 
 
-def _check_vectors(concept: Concept, encoders: Mapping[str, Any]) -> None:
-    for name, encoder in encoders.items():
+def _check_vectors(concept: Concept, widths: Mapping[str, int]) -> None:
+    for name, width in widths.items():
         vectors = concept.embeddings.get(name)
-        width = embedding_width(encoder)
         if vectors is None or vectors.shape[-1] != width:
             found = "none" if vectors is None else f"one {vectors.shape[-1]} wide"
             raise ValueError(

@@ -12,9 +12,17 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 from ..models.digests import weights_digest
-from ..models.families import Family, encoder_models, family_of_clip, tokenizer_of
+from ..models.families import (
+    Family,
+    UnsupportedModelError,
+    encoder_models,
+    family_of_clip,
+    tokenizer_of,
+)
 from ..models.networks import UNET
+from ..models.query_adapter import QueryAdapter
 from .marked_words import word_text
+from .queries import query_rows, without_vectors
 
 Tokens = list[int | Tensor]
 
@@ -28,10 +36,16 @@ class TextBatch:
 
 
 class TextEncoders:
-    """The text encoders of one CLIP, loaded and set as its nodes would (clip skip included)."""
+    """The text encoders of one CLIP, loaded and set as its nodes would (clip skip included).
 
-    def __init__(self, clip: CLIP) -> None:
+    Args:
+        clip: the CLIP.
+        adapter: of the model that belongs to it, where that one adapts encodings.
+    """
+
+    def __init__(self, clip: CLIP, adapter: QueryAdapter | None = None) -> None:
         self.clip = clip
+        self.adapter = adapter
         self.family: Family = family_of_clip(clip)
         self._models = {name: encoder_models(clip)[name] for name in self.family.encoders}
         model = clip.cond_stage_model
@@ -53,7 +67,7 @@ class TextEncoders:
         tokens = self.clip.tokenize(prompt, **({} if padded else {"min_length": 1}))
         return {
             name: [[token for token, *_ in section] for section in tokens[name]]
-            for name in self._models
+            for name in self.family.vectors
         }
 
     def section(self, prompt: str) -> dict[str, Tokens]:
@@ -75,6 +89,8 @@ class TextEncoders:
 
     def token_vectors(self, name: str, tokens: Sequence[int]) -> Tensor:
         """Rows (n, dim) fp32 of an encoder's token embedding."""
+        if name in self.family.queries:
+            return self._own_adapter().rows_of(tokens)
         model = self._models[name]
         embedding = model.transformer.get_input_embeddings()
         device = self.clip.patcher.load_device
@@ -89,6 +105,11 @@ class TextEncoders:
     def of_one_length(self, batch: Sequence[dict[str, Tokens]]) -> list[list[dict[str, Tokens]]]:
         """What can be encoded together: all of it, or every prompt by itself."""
         return [list(batch)] if self.sectioned else [[tokens] for tokens in batch]
+
+    def table_rms(self) -> float:
+        """The root mean square of the table of the model's adapter."""
+        table: Tensor = self._own_adapter().module.embed.weight
+        return float(table.detach().float().square().mean().sqrt())
 
     def encode(self, batch: Sequence[Mapping[str, Tokens]]) -> TextBatch:
         """Encode sections of tokens; differentiable with respect to vectors among them.
@@ -110,10 +131,15 @@ class TextEncoders:
     def _one_by_one(self, batch: Sequence[Mapping[str, Tokens]]) -> TextBatch:
         """As the text model itself encodes prompts, with all that it does besides."""
         model: Any = self.clip.cond_stage_model
+        queries = self.family.queries
         found, pooled = [], []
         for tokens in batch:
             pairs = {name: [[(token, 1.0) for token in each]] for name, each in tokens.items()}
-            encodings, extra, *_ = model.encode_token_weights(pairs)
+            made = model.encode_token_weights(without_vectors(pairs, queries))
+            encodings, extra = made[:2]
+            if queries:
+                rows = query_rows(pairs, queries)
+                encodings = self._own_adapter().prompt(encodings, made[2], rows)
             found.append(encodings)
             pooled.append(extra)
         lengths = sorted({encodings.shape[1] for encodings in found})
@@ -125,9 +151,18 @@ class TextEncoders:
         every = None if any(extra is None for extra in pooled) else torch.cat(pooled)
         return TextBatch(torch.cat(found), every)
 
+    def _own_adapter(self) -> QueryAdapter:
+        if self.adapter is None:
+            raise UnsupportedModelError(
+                f"what {self.family.label} reads is made by an adapter within the model, so the "
+                "text encoder alone does not tell it; connect no covariance to Train Concept, "
+                "which then measures it with the model"
+            )
+        return self.adapter
+
     def word_mask(self, tokens: Mapping[str, Tokens]) -> Tensor:
         """(N,) bool: the words of a section and its first end token."""
-        name = next(iter(self._models))
+        name = self.family.positions
         tokenizer, section = self.tokenizer(name), tokens[name]
         first = 0 if tokenizer.start_token is None else 1
         stop = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
@@ -140,6 +175,12 @@ class TextEncoders:
     def digest(self) -> str:
         """16 hexadecimal digits naming the encoder, its layer and the patches on it."""
         return clip_digest(self.clip)
+
+
+def as_long_as(mask: Tensor, encodings: Tensor) -> Tensor:
+    """A mask (B, L) cut or filled up with False to the N tokens of encodings (B, N, D)."""
+    tokens = encodings.shape[1]
+    return torch.nn.functional.pad(mask[:, :tokens], (0, max(0, tokens - mask.shape[1])))
 
 
 def clip_digest(clip: CLIP) -> str:

@@ -19,8 +19,10 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
-from ..models.families import encoder_models, encoder_of, tokenizer_of
+from ..models.families import encoder_models, encoder_of, query_widths, tokenizer_of
+from ..models.query_adapter import QUERIES
 from .marked_words import takes_place_of
+from .queries import query_rows, without_vectors
 from .text_encoders import word_tokens
 from .twin import with_twin, within_twin
 from .twin_vectors import served_rows, superclass_words
@@ -50,6 +52,7 @@ class _Lock:
     """One placeholder: its rows (n, dim) and the superclass's tokens, by text encoder.
 
     `twin`: it was applied with twin lock, and has a row for every token of the superclass.
+    `queries`: names among them of tables that are the diffusion model's.
     """
 
     placeholder: str
@@ -57,6 +60,7 @@ class _Lock:
     rows: Mapping[str, Tensor]
     superclass: Mapping[str, Sequence[int]]
     twin: bool = False
+    queries: frozenset[str] = frozenset()
 
 
 class TwinEncoder:
@@ -70,6 +74,7 @@ class TwinEncoder:
 
     def __init__(self, model: Any, below: Callable[[Any], Any], locks: Sequence[_Lock]) -> None:
         self.below = below
+        self._queries = frozenset(name for lock in locks for name in lock.queries)
         self.locks = tuple(locks)
         self._model = model
 
@@ -90,17 +95,18 @@ class TwinEncoder:
 
     def _read_as_superclass(self, tokens: Mapping[str, Any], present: Sequence[_Lock]) -> Any:
         """Twin lock: all that the text model gives of the twin, which carries the prompt's."""
-        found = self.below(self._with_superclass(tokens, present))
+        found = self._encoded(self._with_superclass(tokens, present))
         silent = [lock for lock in present if lock.strength == 0]
         if len(silent) == len(present):
             return found
-        encodings = self.below(self._with_superclass(tokens, silent))[0]
+        spoken = self._with_superclass(tokens, silent)
         words = frozenset(lock.placeholder for lock in present if lock not in silent)
-        return (within_twin(found[0], encodings, words), *found[1:])
+        first = within_twin(found[0], self._encoded(spoken)[0], words)
+        return self._with_queries((first, *found[1:]), spoken)
 
     def _read_as_written(self, tokens: Mapping[str, Any], present: Sequence[_Lock]) -> Any:
         """Local and global lock: all that the text model gives of the prompt, with its twin."""
-        found = self.below(tokens)
+        found = self._with_queries(self._encoded(tokens), tokens)
         chosen = [lock for lock in present if lock.strength != 0]
         if not chosen:
             return found
@@ -108,12 +114,24 @@ class TwinEncoder:
         # Strengths blend as h' = (1 - w) W e + w h; one after the other where they differ.
         for strength in sorted({lock.strength for lock in chosen}, reverse=True):
             locks = [lock for lock in chosen if lock.strength >= strength]
-            after = self.below(self._with_superclass(tokens, locks))
+            after = self._encoded(self._with_superclass(tokens, locks))
             unblended = strength == 1 and keys is encodings
             keys = after[0] if unblended else keys + strength * (after[0] - before)
             before = after[0]
         words = frozenset(lock.placeholder for lock in chosen)
         return (with_twin(encodings, keys, words), *found[1:])
+
+    def _encoded(self, tokens: Mapping[str, Any]) -> Any:
+        """What the text model gives; it takes ids only where a table is the diffusion model's."""
+        return self.below(without_vectors(tokens, self._queries))
+
+    def _with_queries(self, found: Any, tokens: Mapping[str, Any]) -> Any:
+        """What the text model gave, with the vectors that stand in such tables' rows."""
+        rows = query_rows(tokens, self._queries)
+        if not rows:
+            return found
+        more = found[2] if len(found) > 2 else {}
+        return (found[0], found[1], {**more, QUERIES: rows})
 
     def _stands(self, lock: _Lock, tokens: Mapping[str, Any]) -> bool:
         return any(
@@ -144,7 +162,8 @@ class TwinEncoder:
                 if not _is_row(token, row):
                     continue
                 if own:
-                    return own[0] if len(own) == 1 else self._mean(name, own)
+                    one = len(own) == 1 or name in self._queries
+                    return own[0] if one else self._mean(name, own)
                 # A placeholder that is one token stands for the mean of several sub-words, which
                 # is also what training starts from.
                 one_by_one = len(words) == len(lock.rows[name])
@@ -220,15 +239,18 @@ def with_twins(clip: CLIP, concepts: Sequence[Concept], twin_lock: bool = False)
 
 def _lock_of(clip: CLIP, concept: Concept, twin_lock: bool) -> _Lock:
     word, strength = concept.placeholder, concept.gate.strength
+    tables = frozenset(query_widths(clip))
+    queries = {name: concept.embeddings[name].detach().float()[None] for name in tables}
     if twin_lock:
         words = superclass_words(clip, concept.superclass)
-        rows = served_rows(words, concept.embeddings)
+        rows = {**served_rows(words, concept.embeddings), **queries}
         superclass = {name: each.tokens for name, each in words.items()}
-        return _Lock(word, strength, rows, superclass, twin=True)
+        return _Lock(word, strength, rows, superclass, True, tables)
     names = encoder_models(clip)
     rows = {name: concept.embeddings[name].detach().float()[None] for name in names}
+    rows |= queries
     superclass = {name: word_tokens(tokenizer_of(clip, name), concept.superclass) for name in names}
-    return _Lock(word, strength, rows, superclass)
+    return _Lock(word, strength, rows, superclass, queries=tables)
 
 
 def _is_row(token: Any, row: Tensor) -> bool:

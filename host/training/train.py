@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import comfy.model_management
 import comfy.utils
 from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
@@ -69,7 +70,10 @@ class Trained:
 
 
 def covariance_with_progress(
-    clip: CLIP, source: CaptionSource, positions: Positions = "words"
+    clip: CLIP,
+    source: CaptionSource,
+    positions: Positions = "words",
+    model: ModelPatcher | None = None,
 ) -> Covariance:
     """`covariance_of` with a progress bar, interruptible after every batch."""
     progress = comfy.utils.ProgressBar(source.count)
@@ -78,7 +82,7 @@ def covariance_with_progress(
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress.update_absolute(done, total)
 
-    return covariance_of(clip, source, on_progress, positions)
+    return covariance_of(clip, source, on_progress, positions, model)
 
 
 def train(
@@ -170,7 +174,7 @@ def _prepared(
     """The covariance, measured if need be, and the pictures, encoded."""
     covariance = material.statistics or built_in()
     if isinstance(covariance, CaptionSource):
-        covariance = covariance_with_progress(models.clip, covariance)
+        covariance = covariance_with_progress(models.clip, covariance, model=models.model)
     versions = replace(options.images, seed=config.seed)
     pictures = encode_images(
         *(models.vae, material.images, material.masks, versions),

@@ -24,6 +24,7 @@ from ..models.digests import weights_digest
 from ..models.families import check_clip, cross_attentions, family_of, network_of
 from ..models.native_loss import loss_weight, schedule
 from ..models.networks import FusedPart
+from ..models.query_adapter import adapter_of
 from ..pictures.training_images import TrainingImages
 from ..text.placeholders import PlaceholderError, is_existing_word
 from .checkpointing import checkpoint_blocks
@@ -111,7 +112,9 @@ class TrainingView:
         self._projections: dict[tuple[str, Part], tuple[Dispatcher, Any]] = {}
         self.layers: Mapping[str, int] = self._take_projections()
         self.family: str = family_of(self._model).name
-        self.text = TrainingText(clip, superclass, placeholder, self._device, self._dtype)
+        self.text = TrainingText(
+            *(clip, superclass, placeholder, self._device, self._dtype), adapter_of(model)
+        )
         self.encoder_hash: str = self.text.encoder_hash
         self.data_hash: str = weights_digest(model, f"{pictures.digest} {self._dtype}")
         self._sizes = pictures.sizes

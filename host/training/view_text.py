@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...perfusion.training.denoiser import Conditioning
 from ..models.families import encoder_models
-from ..text.marked_words import takes_place_of
+from ..models.query_adapter import QueryAdapter
+from ..text.marked_words import in_place_of, takes_place_of
 from ..text.placeholders import serve_vectors
-from ..text.text_encoders import TextEncoders, Tokens
+from ..text.text_encoders import TextEncoders, Tokens, as_long_as
 from ..text.twin_vectors import SuperclassWords, served_rows, superclass_words, twin_vector
 from .checkpointing import checkpoint_blocks
 from .private_copy import unload
@@ -27,6 +28,7 @@ class TrainingText:
         placeholder: the word that is learned.
         device: where encodings go.
         dtype: what the model reads.
+        adapter: of the private model, where it adapts encodings.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class TrainingText:
         placeholder: str,
         device: torch.device,
         dtype: torch.dtype,
+        adapter: QueryAdapter | None = None,
     ) -> None:
         self.clip = clip
         self.released = False
@@ -43,13 +46,14 @@ class TrainingText:
         self._placeholder = placeholder
         self._device = device
         self._dtype = dtype
-        self._text = TextEncoders(clip)
+        self._text = TextEncoders(clip, adapter)
+        self._positions = self._text.family.positions
         self.encoder_hash: str = self._text.digest()
         self._own_words = {
-            name: self._text.word_tokens(name, superclass) for name in self._text.family.encoders
+            name: self._text.word_tokens(name, superclass) for name in self._text.family.vectors
         }
-        marker = {name: torch.zeros(width) for name, width in self._text.family.encoders.items()}
-        self._marked = TextEncoders(serve_vectors(clip, placeholder, marker, superclass))
+        marker = {name: torch.zeros(width) for name, width in self._text.family.vectors.items()}
+        self._marked = TextEncoders(serve_vectors(clip, placeholder, marker, superclass), adapter)
         self._sections: dict[str, dict[str, Tokens]] = {}
 
     def checkpoint(self) -> None:
@@ -70,6 +74,8 @@ class TrainingText:
 
     def token_rms(self, encoder: str) -> float:
         """The root mean square of a text encoder's token table."""
+        if encoder in self._text.family.queries:
+            return self._text.table_rms()
         table = encoder_models(self.clip)[encoder].transformer.get_input_embeddings().weight
         return float(table.detach().float().square().mean().sqrt())
 
@@ -80,21 +86,23 @@ class TrainingText:
             section = self._section(self._marked, prompt)
             batch.append(
                 {
-                    name: [embeddings[name] if isinstance(t, Tensor) else t for t in tokens]
+                    name: [
+                        in_place_of(token, embeddings[name]) if isinstance(token, Tensor) else token
+                        for token in tokens
+                    ]
                     for name, tokens in section.items()
                 }
             )
-            masks.append([isinstance(token, Tensor) for token in next(iter(section.values()))])
+            masks.append([isinstance(token, Tensor) for token in section[self._positions]])
             self._check_placeholder(prompt, any(masks[-1]))
-        return self._encode(batch, torch.tensor(masks))
+        return self._encode(batch, masks)
 
     def encode_superclass(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts that each contain the superclass, the mask on all its sub-words."""
         batch, masks = [], []
         for prompt in prompts:
             section = self._section(self._text, prompt)
-            name, tokens = next(iter(section.items()))
-            word = self._own_words[name]
+            tokens, word = section[self._positions], self._own_words[self._positions]
             starts = [at for at in range(len(tokens)) if tokens[at : at + len(word)] == word]
             if not starts:
                 raise ValueError(
@@ -104,33 +112,32 @@ class TrainingText:
             positions = range(starts[0], starts[0] + len(word))
             masks.append([at in positions for at in range(len(tokens))])
             batch.append(section)
-        return self._encode(batch, torch.tensor(masks))
+        return self._encode(batch, masks)
 
     def twin_embeddings(self) -> dict[str, Tensor]:
         """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
-        return {
-            name: twin_vector(self._placeholder, name, words.rows[-1])
-            for name, words in superclass_words(self.clip, self._superclass).items()
-        }
+        words = superclass_words(self.clip, self._superclass)
+        likes = {name: each.rows[-1] for name, each in words.items()}
+        for name in self._text.family.queries:
+            likes[name] = self._text.token_vectors(name, self._own_words[name])[-1]
+        return {name: twin_vector(self._placeholder, name, like) for name, like in likes.items()}
 
     def encode_twins(
         self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]
     ) -> tuple[Conditioning, Conditioning]:
         """Encode prompts as they stand and their twins, the masks on the concept's own token."""
         words = superclass_words(self.clip, self._superclass)
-        rows = served_rows(words, embeddings)
-        served = TextEncoders(
-            serve_vectors(self.clip, self._placeholder, rows, self._superclass, twin_lock=True)
-        )
+        rows = {**embeddings, **served_rows(words, embeddings)}
+        clip = serve_vectors(self.clip, self._placeholder, rows, self._superclass, twin_lock=True)
+        served = TextEncoders(clip, self._text.adapter)
         named, twins, masks = [], [], []
         for prompt in prompts:
             section = served.section(prompt)
             named.append(section)
-            twins.append({name: _twin(tokens, words[name]) for name, tokens in section.items()})
-            masks.append(_last_vectors(next(iter(section.values()))))
+            twins.append({name: _twin(each, words.get(name)) for name, each in section.items()})
+            masks.append(_last_vectors(section[self._positions]))
             self._check_placeholder(prompt, any(masks[-1]))
-        mask = torch.tensor(masks)
-        return self._encode(named, mask), self._encode(twins, mask)
+        return self._encode(named, masks), self._encode(twins, masks)
 
     def _check_placeholder(self, prompt: str, found: bool) -> None:
         if not found:
@@ -144,16 +151,18 @@ class TrainingText:
             self._sections[prompt] = text.section(prompt)
         return self._sections[prompt]
 
-    def _encode(self, batch: list[dict[str, Tokens]], mask: Tensor) -> Conditioning:
+    def _encode(self, batch: list[dict[str, Tokens]], masks: list[list[bool]]) -> Conditioning:
+        longest = max(len(row) for row in masks)
+        mask = torch.tensor([row + [False] * (longest - len(row)) for row in masks])
         found = self._text.encode(batch)
         # What the projections will read at inference is what the gate must be trained on.
         encodings = found.encodings.to(self._device, self._dtype)
-        return Conditioning(encodings, mask[:, : encodings.shape[1]], found.pooled)
+        return Conditioning(encodings, as_long_as(mask, encodings), found.pooled)
 
 
-def _twin(tokens: Tokens, words: SuperclassWords) -> Tokens:
+def _twin(tokens: Tokens, words: SuperclassWords | None) -> Tokens:
     """The same tokens with the superclass's sub-words where the placeholder's vectors are."""
-    own = iter(words.tokens)
+    own = iter(() if words is None else words.tokens)
     return [_own(token, own) if isinstance(token, Tensor) else token for token in tokens]
 
 

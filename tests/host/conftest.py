@@ -146,7 +146,7 @@ def build_concept(
     generator = torch.Generator().manual_seed(seed)
     family = family_of(model.model)
     word, other = (
-        clip.encode_from_tokens(clip.tokenize(WORDS[(seed + offset) % len(WORDS)]))[0, 1]
+        clip.encode_from_tokens(clip.tokenize(WORDS[(seed + offset) % len(WORDS)]))[0, :2][-1]
         for offset in (0, 3)
     )
     return Concept(
@@ -155,7 +155,7 @@ def build_concept(
         superclass="cat",
         embeddings={
             name: torch.randn(width, generator=generator) * 0.5
-            for name, width in family.encoders.items()
+            for name, width in family.vectors.items()
         },
         i=word.clone(),
         u=(word + 0.3 * other).clone(),

@@ -11,16 +11,26 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import comfy.ops
 import comfy.supported_models as supported
 import sentencepiece
 import torch
 from comfy import model_base, model_patcher, sd
-from comfy.text_encoders import cosmos, wan
+from comfy.ldm.anima.model import LLMAdapter
+from comfy.text_encoders import anima, cosmos, wan
 from comfyui_perfusion.host.models.families import FAMILIES, Family, family_named
 
-from tests.host.closed_form.joint_models import CPU, SENTENCES, T5, WIDTH, build_clip, randomise
+from tests.host.closed_form.joint_models import (
+    CPU,
+    LANGUAGE,
+    SENTENCES,
+    T5,
+    WIDTH,
+    build_clip,
+    randomise,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Cross:
         layers: (count, d) of the published model.
         latent: shape of the small latents.
         locks: the key locks it takes.
+        shrink: makes parts small whose size no configuration tells.
     """
 
     config: type
@@ -46,7 +57,7 @@ class Cross:
     layers: tuple[int, int]
     latent: tuple[int, ...] = (1, 16, 1, 8, 8)
     locks: tuple[str, ...] = ("twin", "local", "global")
-    more: dict = field(default_factory=dict)
+    shrink: Callable = lambda network: None
 
 
 def pieces() -> torch.Tensor:
@@ -69,6 +80,21 @@ def pieces() -> torch.Tensor:
 
 def _cosmos_clip() -> sd.CLIP:
     return build_clip(cosmos.CosmosT5Tokenizer, cosmos.te(), {"t5xxl": T5})
+
+
+def _anima_clip() -> sd.CLIP:
+    return build_clip(anima.AnimaTokenizer, anima.te(), {"qwen3_06b": LANGUAGE})
+
+
+def _small_adapter(network: torch.nn.Module) -> None:
+    network.llm_adapter = LLMAdapter(
+        *(WIDTH, WIDTH, WIDTH),
+        num_layers=2,
+        num_heads=2,
+        device=CPU,
+        dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
+    )
 
 
 def _wan_clip() -> sd.CLIP:
@@ -138,6 +164,15 @@ CROSS: dict[str, Cross] = {
         _cosmos_clip,
         (28, 2048),
     ),
+    "anima": Cross(
+        supported.Anima,
+        {**COSMOS, **SMALL_COSMOS, "image_model": "anima"},
+        {**COSMOS, "image_model": "anima"},
+        model_base.Anima,
+        _anima_clip,
+        (28, 2048),
+        shrink=_small_adapter,
+    ),
     "wan": Cross(
         supported.WAN21_T2V,
         {**WAN, **SMALL_WAN},
@@ -174,12 +209,14 @@ def _table(rows: list[Family]) -> Iterator[None]:
 
 
 def _narrow(family: Family) -> Family:
-    return dataclasses.replace(family, encoders=dict.fromkeys(family.encoders, WIDTH), width=WIDTH)
+    encoders, queries = (dict.fromkeys(each, WIDTH) for each in (family.encoders, family.queries))
+    return dataclasses.replace(family, encoders=encoders, queries=queries, width=WIDTH)
 
 
 def build_cross(name: str, seed: int = 0) -> model_patcher.ModelPatcher:
     """A small MODEL of a family, on the CPU in fp32."""
     base = base_of(name, CROSS[name].unet, CPU)
+    CROSS[name].shrink(base.diffusion_model)
     randomise(base.diffusion_model, seed)
     return model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
 

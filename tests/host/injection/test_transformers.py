@@ -5,6 +5,7 @@ A further family is a row of `FAMILIES` and one of `tests/host/cross_models.py`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -15,6 +16,7 @@ import torch
 from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions, family_of, family_of_clip
 from comfyui_perfusion.host.models.networks import FusedPart
+from comfyui_perfusion.host.text.marked_words import takes_place_of
 from comfyui_perfusion.host.text.twin import untwined
 from comfyui_perfusion.perfusion import GateSchedule, edit_projection, load_concept, save_concept
 from comfyui_perfusion.perfusion.gated.twin_lock import twin_gates, twin_inputs
@@ -251,7 +253,11 @@ def test_other_key_locks_are_the_pure_function_or_refused_by_name(small, worlds)
             return edit_projection(weight, context, directions, outputs)
 
         pure = replace_projections(build_cross(small.name), keys, values)
-        prompts = [[[untwined(cond)[0], more] for cond, more in each] for each in both]
+        # What is read as it is, through no adapter any more.
+        prompts = [
+            [[prompt, {key: value for key, value in each[0][1].items() if "t5xxl" not in key}]]
+            for (prompt, _), each in zip(pairs, both, strict=True)
+        ]
         close_to(found, small.sample(pure, *prompts))
 
 
@@ -280,7 +286,31 @@ def test_a_clip_of_another_family_is_refused(small, worlds):
 
 def read_pairs(small, clip, texts):
     """(e, t) of prompts, as the model is called with them."""
-    return [untwined(cond) for text in texts for cond, _ in encoded(clip, text)]
+    pairs = []
+    for text in texts:
+        for cond, more in encoded(clip, text):
+            pair = untwined(cond)
+            adapts = family_of(small.model.model).network.adapts
+            pairs.append(adapted(small, clip.tokenize(text), pair, more) if adapts else pair)
+    return pairs
+
+
+def adapted(small, tokens, pair, more):
+    """A prompt and its twin through a copy of Anima's adapter whose table has a row for each."""
+    adapter = copy.deepcopy(small.model.model.diffusion_model.llm_adapter)
+    table = adapter.embed.weight
+    rows, ids = [], [more["t5xxl_ids"].clone(), more["t5xxl_ids"].clone()]
+    for at, (token, _) in enumerate(tokens["t5xxl"][0]):
+        if isinstance(token, torch.Tensor):
+            instead = token, table[list(takes_place_of(token))].mean(0)
+            for own, row in zip(ids, instead, strict=True):
+                own[at] = len(table) + len(rows)
+                rows.append(row)
+    adapter.embed.weight = torch.nn.Parameter(torch.cat([table, *(row[None] for row in rows)]))
+    with torch.no_grad():
+        found = [adapter(e, own[None]) for e, own in zip(pair, ids, strict=True)]
+    found = [each * more["t5xxl_weights"][None, :, None] for each in found]
+    return tuple(functional.pad(each, (0, 0, 0, 512 - each.shape[1])) for each in found)
 
 
 def encoded(clip, text):
