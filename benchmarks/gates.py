@@ -1,9 +1,10 @@
-"""The front between the concept and the rest of the prompt, under both key locks.
+"""The front between the concept and the rest of the prompt, under every key lock.
 
-    python dev.py bench gates [--biases 0.3 0.4 ...] [--seeds 4] [--concept bo.safetensors]
+    python dev.py bench gates [--biases 0.3 0.4 ...] [--seeds 4]
 
-The small world's ready concept is drawn in eight settings with every bias of the gate, with local
-and with global key lock, from the same noise. The judge measures how much of the thing there is
+The small world's ready concepts of one thing are drawn in eight settings with every bias of the
+gate, from the same noise: the one trained with the twin lock with it, the one trained with the
+local lock with the local and the global lock. The judge measures how much of the thing there is
 (0: another of its kind, 1: the renderer's own pictures of it) and in how many pictures scene and
 style are those asked for. Writes docs/gates.png: a row for each lock, a column for each bias.
 """
@@ -22,8 +23,7 @@ load_pack()
 import torch  # noqa: E402
 from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
 from comfyui_perfusion.host.injection.apply import apply_concepts  # noqa: E402
-from comfyui_perfusion.host.injection.key_locks import KEY_LOCKS  # noqa: E402
-from comfyui_perfusion.perfusion import Concept, load_concept  # noqa: E402
+from comfyui_perfusion.perfusion import load_concept  # noqa: E402
 
 from demo.fidelity import scene_fidelity, single_scale  # noqa: E402
 from demo.generate import generate  # noqa: E402
@@ -35,6 +35,8 @@ from demo.world import WEIGHTS, world_weights  # noqa: E402
 from ._report import print_table, write_results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+CONCEPTS = {"twin": "bo", "local": "bo_local_lock", "global": "bo_local_lock"}
+"""For each key lock, which of demo/concepts was trained for it."""
 BIASES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SHOWN = 0
 """Which of the pictures of a setting goes onto the sheet: always the first, whatever it shows."""
@@ -45,11 +47,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="dev.py bench gates", description=__doc__)
     parser.add_argument("--biases", nargs="+", type=float, default=list(BIASES))
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt")
-    parser.add_argument("--concept", default="bo.safetensors", help="a file in demo/concepts")
     parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "gates.png")
     options = parser.parse_args()
-    concept = load_concept(ROOT / "demo" / "concepts" / options.concept)
-    rows, pictures = measure(concept, options.biases, options.seeds)
+    rows, pictures = measure(options.biases, options.seeds)
     print_table(rows)
     sheet(pictures, len(options.biases), scale=4).save(options.sheet)
     settings = {key: str(value) for key, value in vars(options).items()}
@@ -57,18 +57,17 @@ def main() -> int:
     return 0
 
 
-def measure(
-    concept: Concept, biases: list[float], seeds: int
-) -> tuple[list[dict[str, Any]], torch.Tensor]:
+def measure(biases: list[float], seeds: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
     """A row for each lock and bias, and the pictures for the sheet."""
     model, clip, vae = load_small_model(world_weights())
     judge = load_judge(WEIGHTS / "judge.safetensors")
     scale = single_scale(judge, SUBJECT)
     asked = [prompt for prompt in PROMPTS for _ in range(seeds)]
-    texts = [text.format(concept.placeholder) for text, _, _ in asked]
     photo = torch.tensor([style == "photo" for _, _, style in asked])
     rows, shown = [], []
-    for lock in KEY_LOCKS:
+    for lock, name in CONCEPTS.items():
+        concept = load_concept(ROOT / "demo" / "concepts" / f"{name}.safetensors")
+        texts = [text.format(concept.placeholder) for text, _, _ in asked]
         for bias in biases:
             patched, words = apply_concepts(model, clip, [concept.with_gate(bias=bias)], lock)
             pictures = generate(patched, words, vae, texts, seed=1)

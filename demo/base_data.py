@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .captions import marked_captions
 from .networks import Words
-from .pool import CHUNK, chunk_specs, load_chunk, save_atomically
+from .pool import CHUNK, LATER, chunk_specs, load_chunk, save_atomically
 from .specs import LOOK, Specs
 from .train_autoencoder import to_input
 
@@ -61,10 +61,15 @@ def _say_there(chunk: int, epoch: int, named_share: float) -> tuple:
 
 
 class Speaker:
-    """Makes captions; ``apart``, in processes of its own, ahead of their use."""
+    """Makes captions; ``apart``, in processes of its own, ahead of their use.
 
-    def __init__(self, words: Words, named_share: float, device: str, apart: bool) -> None:
-        self.words, self.named_share, self.device = words, named_share, device
+    ``named_shares`` are those of the first epochs and of those that have ``LATER`` chunks.
+    """
+
+    def __init__(
+        self, words: Words, named_shares: tuple[float, float], device: str, apart: bool
+    ) -> None:
+        self.words, self.named_shares, self.device = words, named_shares, device
         self.pool: ProcessPoolExecutor | None = None
         self.ahead: dict[tuple[int, int], Future] = {}
         if apart:
@@ -72,12 +77,16 @@ class Speaker:
             count = max(1, (os.cpu_count() or 2) - 2)
             self.pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"))
 
+    def _named_share(self, chunks: range) -> float:
+        return self.named_shares[chunks[-1] in LATER]
+
     def prepare(self, chunks: range, epoch: int) -> None:
         """Begin with the captions of an epoch."""
         if self.pool:
             for chunk in chunks:
                 key = chunk, epoch
-                self.ahead[key] = self.pool.submit(_say_there, chunk, epoch, self.named_share)
+                share = self._named_share(chunks)
+                self.ahead[key] = self.pool.submit(_say_there, chunk, epoch, share)
 
     def say(self, chunks: range, epoch: int) -> Said:
         """The captions of an epoch."""
@@ -89,7 +98,8 @@ class Speaker:
                 tokens, named = self.ahead.pop((chunk, epoch)).result()
                 parts.append(Said(torch.from_numpy(tokens), torch.from_numpy(named)))
             else:
-                parts.append(say(self.words, chunk, epoch, self.named_share))
+                share = self._named_share(chunks)
+                parts.append(say(self.words, chunk, epoch, share))
         tokens, named = torch.cat([p.tokens for p in parts], 1), torch.cat([p.named for p in parts])
         return Said(tokens.to(self.device), named.to(self.device))
 

@@ -10,7 +10,7 @@ from .judge import Judge
 from .render import render
 from .specs import ALL_COLORS, LOOK, PAIR_SIZE, SCENES, STYLES, Specs, sample_specs
 from .sprites import PATTERNS
-from .things import THINGS, personal_specs, photo_specs, put_thing
+from .things import Look, look_of, personal_specs, photo_specs, put_thing
 
 REFERENCES = 96
 
@@ -60,7 +60,7 @@ class Scale:
 
 
 @torch.no_grad()
-def single_scale(judge: Judge, subject: str, seed: int = 7_000_000) -> Scale:
+def single_scale(judge: Judge, subject: str | Look, seed: int = 7_000_000) -> Scale:
     """The scale for pictures of one thing, from the renderer's own pictures."""
     others = photo_specs(REFERENCES, seed + 1)
     others.kind[:, 0] = put_thing(others, subject).kind[:, 0]
@@ -69,7 +69,7 @@ def single_scale(judge: Judge, subject: str, seed: int = 7_000_000) -> Scale:
     return Scale.between(judge, render(own)[0], render(others)[0])
 
 
-def _pair_specs(left: str, right: str, count: int, seed: int) -> Specs:
+def _pair_specs(left: str | Look, right: str | Look, count: int, seed: int) -> Specs:
     specs = sample_specs(count, seed, two_share=1.0)
     specs.first_is_left[:] = True
     specs.x = torch.stack([-specs.x[:, 0].abs(), specs.x[:, 1].abs()], 1)
@@ -79,7 +79,9 @@ def _pair_specs(left: str, right: str, count: int, seed: int) -> Specs:
 
 
 @torch.no_grad()
-def pair_scales(judge: Judge, left: str, right: str, seed: int = 7_100_000) -> tuple[Scale, Scale]:
+def pair_scales(
+    judge: Judge, left: str | Look, right: str | Look, seed: int = 7_100_000
+) -> tuple[Scale, Scale]:
     """Scales for the left and right half of pictures of two things side by side."""
     own = _pair_specs(left, right, REFERENCES, seed)
     others = sample_specs(REFERENCES, seed + 1, two_share=1.0)
@@ -103,17 +105,19 @@ def scene_fidelity(judge: Judge, pictures: Tensor, scenes: list[str], styles: li
 
 
 @torch.no_grad()
-def kinds_present(judge: Judge, pictures: Tensor, subjects: tuple[str, str]) -> float:
+def kinds_present(
+    judge: Judge, pictures: Tensor, subjects: tuple[str | Look, str | Look]
+) -> float:
     """Share of pictures whose two likeliest kinds are those of the two subjects."""
     logits = judge.read(judge.features(to_judge(pictures)))["kind"]
-    wanted = torch.tensor(sorted(CLASS_NAMES.index(THINGS[s].kind) for s in subjects))
+    wanted = torch.tensor(sorted(CLASS_NAMES.index(look_of(s).kind) for s in subjects))
     return float((logits.topk(2, 1).indices.sort(1).values == wanted).all(1).float().mean())
 
 
 @torch.no_grad()
 def attributes(judge: Judge, pictures: Tensor, subject: str) -> dict[str, float]:
     """Share of pictures in which the judge reads the thing's colours, pattern and hat."""
-    look = THINGS[subject]
+    look = look_of(subject)
     wanted = {
         "color": ALL_COLORS.index(look.color),
         "second": ALL_COLORS.index(look.second),

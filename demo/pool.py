@@ -13,8 +13,8 @@ CHUNK = 4096
 TWO_SHARE = 0.3
 """Share of the pictures that show two things."""
 LATER_TWO_SHARE, LATER = 0.5, range(33, 500)
-"""The same in the chunks of these numbers, which come when single things are learned: what stands
-where is learned last."""
+"""The same in the chunks of these numbers, which come when single things are learned; what stands
+where, and looks that only names tell, take longer."""
 MASK_GRID = 8
 _BATCH = 512
 

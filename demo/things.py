@@ -34,14 +34,19 @@ THINGS: dict[str, Look] = {
 SUBJECTS: list[str] = list(THINGS)
 
 
-def superclass_of(subject: str) -> str:
+def look_of(subject: str | Look) -> Look:
+    """The look of a personal thing, or one that is none of them as it is."""
+    return subject if isinstance(subject, Look) else THINGS[subject]
+
+
+def superclass_of(subject: str | Look) -> str:
     """The word a stranger would use for a personal thing, such as "cat"."""
-    return KINDS[THINGS[subject].kind].words[0]
+    return KINDS[look_of(subject).kind].words[0]
 
 
-def put_thing(specs: Specs, subject: str, place: int = 0) -> Specs:
+def put_thing(specs: Specs, subject: str | Look, place: int = 0) -> Specs:
     """Give the thing at ``place`` of every picture the look of ``subject``."""
-    look = THINGS[subject]
+    look = look_of(subject)
     values = {
         "kind": CLASS_NAMES.index(look.kind),
         "color": ALL_COLORS.index(look.color),
@@ -66,7 +71,7 @@ def photo_specs(count: int, seed: int) -> Specs:
     return specs
 
 
-def personal_specs(subject: str, count: int, seed: int) -> Specs:
+def personal_specs(subject: str | Look, count: int, seed: int) -> Specs:
     """``count`` photographs of a personal thing in ``TRAINING_SCENES``."""
     specs = put_thing(photo_specs(count, seed), subject)
     specs.scene = torch.tensor(

@@ -55,7 +55,10 @@ class BaseConfig:
     full_length_share: float = 0.08
     timesteps: int = TIMESTEPS
     attention_weight: float = 0.05
+    later_attention_weight: float = 0.25
+    later_attention_from: int = 10000
     named_share: float = 0.4
+    later_named_share: float = 0.7
     values_share: float = 0.5
     report_every: int = 500
 
@@ -284,7 +287,9 @@ class BaseTrainer:
         told = attention_loss([m.float() for m in maps], tokens[..., 1], masks)
         self.muon.zero_grad(set_to_none=True)
         self.adam.zero_grad(set_to_none=True)
-        (loss + config.attention_weight * told).backward()
+        later = self.step >= config.later_attention_from
+        weight = config.later_attention_weight if later else config.attention_weight
+        (loss + weight * told).backward()
         nn.utils.clip_grad_norm_(self.by_adam, 1.0)
         self.muon.step()
         self.adam.step()
@@ -311,7 +316,8 @@ class BaseTrainer:
         config, running = self.config, None
         per_epoch = config.window * CHUNK // config.batch
         held_out = load_data(cache, autoencoder, self.words, range(-1, 0), self.device)
-        speaker = Speaker(self.words, config.named_share, self.device, apart)
+        shares = config.named_share, config.later_named_share
+        speaker = Speaker(self.words, shares, self.device, apart)
         while self.progress < 1:
             epoch, first = divmod(self.step, per_epoch)
             said = speaker.say(config.chunks(epoch), epoch)

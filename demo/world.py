@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .render import render
-from .things import SUBJECTS, personal_specs
+from .things import SUBJECTS, Look, personal_specs
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -22,7 +22,12 @@ def personal_pictures(subject: str, count: int, seed: int) -> tuple[Tensor, Tens
         )
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    pictures, masks = render(personal_specs(subject, count, seed))
+    return photographs(subject, count, seed)
+
+
+def photographs(thing: str | Look, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The same of any thing, a look that is none of ``SUBJECTS`` too."""
+    pictures, masks = render(personal_specs(thing, count, seed))
     return pictures.permute(0, 2, 3, 1).float() / 255, masks[:, 0].contiguous()
 
 

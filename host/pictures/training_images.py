@@ -23,6 +23,8 @@ logger = logging.getLogger("perfusion")
 # Enlarging by more than this, or cutting off more than this share, is worth a warning.
 _MUCH_LARGER = 1.5
 _MUCH_CUT = 0.25
+# Of the model's own number of pixels; below it a picture is only a few cells of a latent.
+_TINY = 0.25
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class ImageOptions:
     """How training pictures are brought to size and varied.
 
     Attributes:
-        resolution: 0 leaves pictures as they are, up to edges cut off for the VAE's pixels per
-            latent; those beyond the model's own size are brought to that. Otherwise each gets
-            about this number squared of pixels in its own aspect, with sides that are multiples of
-            64 (`buckets.fit`).
+        resolution: 0 brings pictures beyond the model's own size to that and leaves smaller ones
+            as they are, up to edges cut off for the VAE's pixels per latent: enlarged, they would
+            teach how blurred they are. Otherwise each gets about this number squared of pixels in
+            its own aspect, with sides that are multiples of 64 (`buckets.fit`).
         flip: every version is also there mirrored, which doubles them. For things that look the
             same mirrored only: no writing, no asymmetric faces.
         crop: versions come closer; the largest share of each side that is cut off, 0 to 1.
@@ -84,12 +86,14 @@ class TrainingImages:
         masks: for each picture the weights (V, 1, h, w) of its versions, or None for no masks.
         sizes: for each picture (width, height) of its versions in pixels.
         digest: 16 hexadecimal digits of the pixels, masks and options all this was made from.
+        lines: what was done to pictures of which size, for people.
     """
 
     latents: list[Tensor]
     masks: list[Tensor] | None
     sizes: list[tuple[int, int]]
     digest: str
+    lines: tuple[str, ...] = ()
 
 
 def encode_images(
@@ -128,15 +132,20 @@ def encode_images(
         beyond = 0 < own_side**2 < size[0] * size[1]
         resolution = options.resolution or (own_side if beyond else 0)
         fits.append(fit(size, resolution, factor))
-    _tell(Counter((size_of(p), box, size) for p, (box, size) in zip(pictures, fits, strict=True)))
+    counts = Counter((size_of(p), box, size) for p, (box, size) in zip(pictures, fits, strict=True))
+    lines = _told(counts)
+    if own_side and not options.resolution:
+        _warn_of_tiny(counts, own_side)
     if weights is None and options.zoom_out:
         weights = [torch.ones_like(picture[..., 0]) for picture in pictures]
     versions = _versions(fits, weights, options)
+    digest = _Digest(options)
     latents, grids = [], []
     with torch.no_grad():
         for at, (picture, (_, size)) in enumerate(zip(pictures, fits, strict=True)):
             if before_each is not None:
                 before_each(at, len(pictures))
+            digest.add("images", picture)
             mask = None if weights is None else weights[at]
             made = [render(picture, mask, box, size, flip) for box, flip in versions[at]]
             latents.append(_encoded(vae, torch.stack([pixels for pixels, _ in made]), at))
@@ -145,11 +154,14 @@ def encode_images(
                 grids.append(
                     torch.nn.functional.interpolate(stack, latents[at].shape[-2:], mode="area")
                 )
+    for weight in weights or []:
+        digest.add("masks", weight)
     return TrainingImages(
         latents=latents,
         masks=grids or None,
         sizes=[size for _, size in fits],
-        digest=_digest(pictures, weights, options),
+        digest=digest.text(),
+        lines=lines,
     )
 
 
@@ -200,11 +212,10 @@ def _encoded(vae: VAE, pixels: Tensor, at: int) -> Tensor:
     return latents
 
 
-def _tell(counts: Counter[tuple[tuple[int, int], Box, tuple[int, int]]]) -> None:
-    """Log what happens to pictures of each size."""
+def _told(counts: Counter[tuple[tuple[int, int], Box, tuple[int, int]]]) -> tuple[str, ...]:
+    """What happens to pictures of each size, which is also logged."""
+    lines = []
     for (source, box, target), count in counts.items():
-        if source == target:
-            continue
         share = 1 - box.width * box.height / (source[0] * source[1])
         larger = target[0] / box.width
         done = []
@@ -214,15 +225,41 @@ def _tell(counts: Counter[tuple[tuple[int, int], Box, tuple[int, int]]]) -> None
             done.append(f"resized to {target[0]}x{target[1]}")
         if larger > _MUCH_LARGER:
             done.append(f"which is {larger:.1f} times enlarged: larger pictures would be sharper")
-        level = logging.WARNING if larger > _MUCH_LARGER or share > _MUCH_CUT else logging.INFO
         pictures = "1 picture" if count == 1 else f"{count} pictures"
-        logger.log(level, "%s of %dx%d: %s", pictures, *source, ", ".join(done))
+        line = f"{pictures} of {source[0]}x{source[1]}: {', '.join(done) or 'as they are'}"
+        lines.append(line)
+        if done:
+            level = logging.WARNING if larger > _MUCH_LARGER or share > _MUCH_CUT else logging.INFO
+            logger.log(level, "%s", line)
+    return tuple(lines)
 
 
-def _digest(pictures: list[Tensor], weights: list[Tensor] | None, options: ImageOptions) -> str:
-    content = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
-    for kind, tensors in (("images", pictures), ("masks", weights or [])):
-        for tensor in tensors:
-            content.update(f"{kind} {tuple(tensor.shape)}".encode())
-            content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:16]
+def _warn_of_tiny(
+    counts: Counter[tuple[tuple[int, int], Box, tuple[int, int]]], own_side: int
+) -> None:
+    """Say which pictures are so small that the model hardly knows pictures of that size."""
+    tiny = {source for source, _, _ in counts if source[0] * source[1] < _TINY * own_side**2}
+    if tiny:
+        logger.warning(
+            "pictures of %s are far below the %dx%d that the model was trained on and are learned "
+            "as small as they are; use larger ones, or enlarge them with resolution %d in Training "
+            "Options",
+            *(", ".join(f"{width}x{height}" for width, height in sorted(tiny)), own_side),
+            *(own_side, own_side),
+        )
+
+
+class _Digest:
+    """Of pixels, masks and options, taken in one by one so that nobody waits for all at once."""
+
+    def __init__(self, options: ImageOptions) -> None:
+        self._content = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+
+    def add(self, kind: str, tensor: Tensor) -> None:
+        """Take in a picture or a mask; all pictures come before the masks."""
+        self._content.update(f"{kind} {tuple(tensor.shape)}".encode())
+        self._content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+
+    def text(self) -> str:
+        """16 hexadecimal digits."""
+        return self._content.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.covariance import Covariance, Positions
 from ...perfusion.training.config import TrainingConfig
+from ...perfusion.training.loss_bands import LossRecord
 from ...perfusion.training.results import TrainingResult
 from ..files.concept_files import signed
 from ..interface.messages import tell
@@ -117,7 +119,7 @@ def train(
             f"training stopped after {result.steps} good steps: {result.error}; check the images "
             f"and the model's precision, or lower the learning rates; {session.saved}"
         )
-    concept, lines = session.sign(result.concept), _lines_about(learned, task.memory)
+    concept, lines = session.sign(result.concept), _lines_about(learned, task.memory, task.pictures.lines)
     if clip_vision is not None and learned.plain is not None:
         selection = score_checkpoints(
             *(clip_vision, models.clip, learned.checkpoints, material.images),
@@ -228,16 +230,35 @@ def _learn(models: Models, task: _Task, choose: bool) -> _Learned:
     return _Learned(session, result, found, plain)
 
 
-def _lines_about(learned: _Learned, memory: MemoryEstimate) -> list[str]:
+def _lines_about(
+    learned: _Learned, memory: MemoryEstimate, pictures: Sequence[str]
+) -> list[str]:
     """What there is to say of a run that finished."""
     session, result = learned.session, learned.result
     begun = f" (continued from step {session.began_at})" if session.began_at else ""
-    smoothed = [means.mean for means in result.record.smoothed()]
     lines = [
-        f"{result.steps} steps{begun}, smoothed loss {smoothed[0]:.4g} to {smoothed[-1]:.4g}",
+        f"{result.steps} steps{begun}, {_loss_line(result.record)}",
+        *pictures,
         f"files: {session.run.folder}",
         memory.statement(),
     ]
     if session.run.problem:
         lines.append(session.run.problem)
     return lines
+
+
+def _loss_line(record: LossRecord) -> str:
+    """How the loss went from the first quarter of the steps to the last.
+
+    Compared within bands of noise levels: which were drawn says more about the loss of a step, and
+    about a mean over few of them, than what was learned by then.
+    """
+    ends = [pair for pair in record.ends() if not math.isnan(pair[0])]
+    if not ends:
+        return "too few to say whether the loss fell"
+    first, last = (sum(values) / len(ends) for values in zip(*ends, strict=True))
+    bands = ", ".join(f"{before:.3g} to {after:.3g}" for before, after in ends)
+    return (
+        f"loss {first:.4g} in their first quarter, {last:.4g} in their last (from little noise to "
+        f"much: {bands})"
+    )

@@ -21,7 +21,7 @@ from ..gated.gate import Gate
 from ..gated.rank_one import Basis, Direction, combine, gated_inputs
 from ..shapes import Encodings, Gates, Vector
 from .concept_vectors import VECTORS, ConceptVectors
-from .following import Averages, Batch, Step, check_places, mean_at
+from .following import Averages, ShownPrompts, Step, check_places, mean_at
 from .kept import Kept
 
 logger = logging.getLogger("perfusion")
@@ -196,7 +196,7 @@ class ConceptInputs(ConceptVectors):
         encodings: Encodings,
         places: Tensor,
         superclass: Encodings | None,
-    ) -> tuple[Step, Batch]:
+    ) -> tuple[Step, ShownPrompts]:
         """A batch not seen before: in the present step, or the first one of the next."""
         check_places(encodings, places)
         if superclass is not None and superclass.shape != encodings.shape:
@@ -206,7 +206,7 @@ class ConceptInputs(ConceptVectors):
             )
         encoding = self._seen("concept", encodings, places)
         shown = None if superclass is None else self._seen("superclass", superclass, places)
-        batch = Batch(places, encoding, shown)
+        batch = ShownPrompts(places, encoding, shown)
         if not self.started(concept):
             if shown is None:
                 raise ValueError(

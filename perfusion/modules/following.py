@@ -37,7 +37,7 @@ class Averages:
 
 
 @dataclass(eq=False)
-class Batch:
+class ShownPrompts:
     """Some prompts as a step saw them.
 
     Attributes:
@@ -58,10 +58,10 @@ class Step:
     """One optimiser step of one concept: where it started, and its batches so far."""
 
     start: Averages
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[ShownPrompts] = field(default_factory=list)
     latest: Latest | None = None
 
-    def shows(self, batch: Batch, encodings: Encodings, places: Tensor) -> None:
+    def shows(self, batch: ShownPrompts, encodings: Encodings, places: Tensor) -> None:
         """Count a batch that a layer shows."""
         batch.times += 1
         self.latest = Latest(encodings, places, batch)
@@ -78,7 +78,7 @@ class Step:
         latest.batch.times += 1
         return True
 
-    def find(self, encodings: Encodings, places: Tensor | None = None) -> Batch | None:
+    def find(self, encodings: Encodings, places: Tensor | None = None) -> ShownPrompts | None:
         """The batch of these encodings; without ``places``, by those of each batch."""
         if self.latest is not None and self.latest.is_of(encodings, places):
             return self.latest.batch
@@ -106,7 +106,7 @@ class Step:
 class Latest:
     """The very tensors a batch came as, so that the next layer's need not be looked at."""
 
-    def __init__(self, encodings: Tensor, places: Tensor, batch: Batch) -> None:
+    def __init__(self, encodings: Tensor, places: Tensor, batch: ShownPrompts) -> None:
         self.batch = batch
         self._encodings = weakref.ref(encodings)
         self._places = weakref.ref(places)

@@ -34,6 +34,23 @@ class LossRecord:
         smoother = BandSmoother()
         return [smoother.add(*row) for row in zip(self.losses, self.timesteps, strict=True)]
 
+    def ends(self) -> list[tuple[float, float]]:
+        """Each band's mean loss in the first and in the last quarter of the steps.
+
+        Bands are least noise first; those that were not drawn in both quarters are NaN.
+        """
+        part = max(1, len(self.losses) // 4)
+        first, last = (self._means(rows) for rows in (slice(None, part), slice(-part, None)))
+        return [
+            (math.nan, math.nan) if math.isnan(before + after) else (before, after)
+            for before, after in zip(first, last, strict=True)
+        ]
+
+    def _means(self, steps: slice) -> list[float]:
+        """The mean loss of each band over some of the steps, NaN for one that was not drawn."""
+        losses, bands = self.losses[steps].double(), _bands(self.timesteps[steps])
+        return [float(losses[bands == band].mean()) for band in range(BANDS)]
+
     def csv(self) -> str:
         """A line a step: number, loss, smoothed loss, each band's (empty before its first row)."""
         text = io.StringIO()
@@ -59,6 +76,10 @@ class BandMeans:
         return sum(known) / len(known)
 
 
+def _bands(timesteps: Tensor) -> Tensor:
+    return (timesteps * BANDS).long().clamp(0, BANDS - 1)
+
+
 class BandSmoother:
     """A running mean of the losses of each band, the last 20 steps or so counting most."""
 
@@ -68,7 +89,7 @@ class BandSmoother:
 
     def add(self, losses: Tensor, timesteps: Tensor) -> BandMeans:
         """Take in the rows (B,) of a step; the means after it."""
-        band = (timesteps * BANDS).long().clamp(0, BANDS - 1)
+        band = _bands(timesteps)
         present = torch.bincount(band, minlength=BANDS).double()
         found = torch.zeros(BANDS, dtype=torch.float64).index_add(0, band, losses.double())
         seen = present > 0

@@ -8,6 +8,7 @@ import functools
 import comfy.model_management
 import pytest
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfyui_perfusion.host.injection import twin_inputs
 from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
@@ -92,7 +93,7 @@ def seen_rows(model, positive, negative, worlds):
 
 
 @pytest.mark.parametrize("family", ["sd1_light", "sd2_light", "sdxl_light"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_prompt_that_names_no_concept_gives_the_base_models_picture_to_the_last_bit(
     worlds, family, dtype
 ):
@@ -120,6 +121,29 @@ def test_a_prompt_that_names_no_concept_gives_the_base_models_picture_to_the_las
     for layer in cross_attentions(model.model):
         assert "forward" not in vars(layer.to_k)
         assert "forward" not in vars(layer.to_v)
+
+
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_with_steps_left_out_by_a_cache_it_is_still_the_base_models_picture(worlds, node):
+    model, stock = worlds.model(FAMILY), worlds.clip("sd1")
+    patched, clip = apply_concepts(model, stock, [worlds.concept(FAMILY, 0, "<a>", bias=-5.0)], "twin")
+    found, cached, named, every = (
+        worlds.sample(each, words, text, 8)
+        for each, words, text in (
+            (with_cache(node, patched), clip, "a cat on the beach"),
+            (with_cache(node, model), stock, "a cat on the beach"),
+            (with_cache(node, patched), clip, "a <a> on the beach"),
+            (model, stock, "a cat on the beach"),
+        )
+    )
+    assert torch.equal(found, cached)
+    assert not torch.equal(cached, every), "the cache left no step out"
+    assert not torch.allclose(named, cached, atol=1e-2)
+
+
+def with_cache(node, model):
+    """The model with one of ComfyUI's caches, at a threshold that leaves steps out."""
+    return node.execute(model, 3.0, 0.1, 0.95, False).args[0]
 
 
 def concat(first, second):

@@ -110,6 +110,15 @@ def test_samples_checkpoints_and_concepts_on_the_model_do_not_change_what_is_lea
     assert not torch.equal(plain.concept.o_v[name], small.run({"seed": 1}).concept.o_v[name])
 
 
+def test_the_report_says_what_became_of_the_loss_and_of_the_pictures(small, folder):
+    report = small.run({"steps": 12, "batch_size": 8}).report
+    assert report.startswith("12 steps, loss ")
+    first, last = small.run({"steps": 12, "batch_size": 8}).result.record.ends()[0]
+    assert f"(from little noise to much: {first:.3g} to {last:.3g}, " in report
+    assert "\n2 pictures of 64x64: as they are\n" in report
+    assert small.run({"steps": 1}).report.splitlines()[0].startswith("1 steps, loss")
+
+
 def test_the_loss_map_is_the_smoothed_loss_and_the_csv_has_a_line_for_each_step(small, folder):
     concept, losses, samples, csv, report = small.run_node().args
     lines = csv.splitlines()

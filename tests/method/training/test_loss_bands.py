@@ -44,3 +44,25 @@ def test_the_csv_has_a_line_for_each_step_and_empty_cells_for_what_was_not_seen(
     assert rows[0]["timesteps 75-100%"] == ""
     assert float(rows[1]["timesteps 75-100%"]) == 2
     assert float(rows[1]["smoothed"]) == 1.5
+
+
+def test_what_fell_is_said_to_fall_whatever_timesteps_were_drawn():
+    # The loss of much noise falls; the first steps happen to be those with little noise.
+    steps, learned = 100, torch.linspace(1.0, 0.5, 100)[:, None]
+    timesteps = torch.rand(steps, 2, generator=torch.Generator().manual_seed(0))
+    timesteps[0] = 0.9
+    losses = torch.where(timesteps < 0.5, 1.0, 0.2 * learned.expand(-1, 2))
+    record = LossRecord(losses, timesteps)
+    smoothed = [means.mean for means in record.smoothed()]
+    assert smoothed[0] < smoothed[-1]
+    ends = record.ends()
+    for before, after in ends[:2]:
+        assert before == after == 1
+    for before, after in ends[2:]:
+        assert after < 0.7 * before
+
+
+def test_a_band_that_was_not_drawn_at_both_ends_is_not_compared():
+    record = LossRecord(torch.ones(4, 1), torch.tensor([[0.1], [0.4], [0.4], [0.1]]))
+    assert record.ends()[0] == (1, 1)
+    assert all(math.isnan(value) for pair in record.ends()[1:] for value in pair)
