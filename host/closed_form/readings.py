@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import comfy.lora
-import comfy.model_management
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch.nn.functional import rms_norm
 
 from ...perfusion.closed_form.even_sample import Rows
-from ...perfusion.shapes import Weight
 from ...perfusion.text.encoded_prompt import EncodedPrompt
 from ..models.editable import edited_as
 from ..models.families import (
@@ -26,9 +22,8 @@ from ..models.families import (
 from ..models.text_entries import TextEntry
 from ..text.prompt_streams import Stream, streams_of
 from .prompts import PromptEncoder
+from .stored_weights import PREFIX, weights_of
 from .stream_prompts import Conditionings, StreamEncoder
-
-PREFIX = "diffusion_model."
 
 
 class Encoder(Protocol):
@@ -116,22 +111,6 @@ def chosen(names: Sequence[str], layers: str) -> list[str]:
             f"would be edited; the layers are called {names[0]}, ... {names[-1]}"
         )
     return found
-
-
-def weights_of(model: ModelPatcher, keys: Iterable[str]) -> Iterator[tuple[str, Weight]]:
-    """Key and weight, one after the other, with all patches a MODEL carries.
-
-    As ComfyUI itself computes them when it loads a model, in fp32; nothing is loaded or changed.
-    """
-    device = comfy.model_management.get_torch_device()
-    entries = model.get_key_patches(PREFIX)
-
-    def weight(key: str) -> Weight:
-        (stored, convert), *patches = entries[key]
-        cast = comfy.model_management.cast_to_device(stored, device, torch.float32, copy=True)
-        return comfy.lora.calculate_weight(patches, convert(cast, inplace=True), key)
-
-    return ((key, weight(key)) for key in keys)
 
 
 def _entry_side(

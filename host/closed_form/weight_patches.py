@@ -16,7 +16,7 @@ from ...perfusion.closed_form.low_rank import LowRank
 from ...perfusion.closed_form.preserve import Preserved
 from ...perfusion.closed_form.report import EditReport
 from ...perfusion.closed_form.solver import solve
-from .readings import PREFIX, weights_of
+from .stored_weights import PREFIX, weights_of
 
 KEY = "perfusion_edits"
 T = TypeVar("T")

@@ -77,6 +77,17 @@ def unprompted(model: BaseModel) -> str | None:
     return _of_class(model, _UNPROMPTED)
 
 
+def foreign(model: BaseModel) -> str | None:
+    """What another pack put in the place of a model's network, None for nothing."""
+    network = getattr(model, "diffusion_model", None)
+    if network is None or type(network).__module__.startswith("comfy."):
+        return None
+    return (
+        f"its network is a {type(network).__name__}, which another pack put in the place of "
+        "ComfyUI's own"
+    )
+
+
 def no_concepts(
     model: BaseModel, families: str, editable: bool, why: str | None = None
 ) -> UnsupportedModelError:
@@ -88,7 +99,7 @@ def no_concepts(
         editable: whether closed-form edits work on it.
         why: what is odd about it; its class tells where that is None.
     """
-    reason = why or _of_class(model, _WHY) or _UNKNOWN
+    reason = why or foreign(model) or _of_class(model, _WHY) or _UNKNOWN
     remedy = f"Closed-form edits do work on it: {EDITS}." if editable else "Load one of those."
     return UnsupportedModelError(
         f"{describe_model(model)} cannot take concepts: {reason}; supported are {families}. "
@@ -104,7 +115,9 @@ def no_edits(model: BaseModel, works: str, conceptual: bool) -> UnsupportedModel
         works: what they act on, for people.
         conceptual: whether concepts work on it.
     """
-    reason = _OTHER_MAPS if conceptual else unprompted(model) or _NO_MAP
+    reason = unprompted(model) or foreign(model) or _NO_MAP
+    if conceptual:
+        reason = _OTHER_MAPS
     remedy = f" Concepts do work on it: {CONCEPTS}." if conceptual else ""
     return UnsupportedModelError(
         f"{describe_model(model)} cannot be edited in closed form: {reason}. What works: {works}."

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 
+import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.host.text.twin import untwined
@@ -176,3 +179,46 @@ def test_where_inputs_are_quantised_too_a_prompt_that_names_nothing_is_left_alon
     found = worlds.sample(patched, clip, PROMPT, 1)
     assert torch.isfinite(found).all()
     assert not torch.allclose(found, base, atol=1e-2)
+
+
+STREAMED = {
+    "fp32": lambda worlds, state: (formats.plain(worlds, state), state),
+    "float8_e4m3fn": FORMS["float8_e4m3fn"],
+}
+
+
+@pytest.mark.parametrize("lock", ["twin", "local"])
+@pytest.mark.parametrize("form", STREAMED)
+def test_weights_that_are_streamed_draw_what_loaded_ones_do(worlds, state, concept, form, lock):
+    model, _ = STREAMED[form](worlds, state)
+    stock, text = worlds.clip("sd1"), "a cat on the beach"
+    patched, clip = apply_concepts(model, stock, [concept], lock)
+    expected = worlds.sample(patched, clip, PROMPT, 1)
+    base = worlds.sample(model, stock, text, 1)
+    with torch.inference_mode():
+        streamed = formats.partly_loaded(patched.clone())
+    # A LoRA would be added on the way; here every weight is as it is stored.
+    assert_close(worlds.sample(streamed, clip, PROMPT, 1), expected, FP32)
+    if lock == "twin":
+        assert torch.equal(worlds.sample(streamed, clip, text, 1), base)
+    with torch.inference_mode():
+        comfy.model_management.unload_all_models()
+
+
+@pytest.mark.parametrize(("form", "lock"), [("float8_e4m3fn", "twin"), ("packed", "local")])
+def test_a_compiled_model_of_such_weights_draws_the_same(worlds, form, lock, monkeypatch):
+    # ComfyUI's choice with --use-pytorch-cross-attention; its default asks psutil mid-graph.
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
+    torch._dynamo.reset()
+    whole, stock = worlds.new_model("small"), worlds.clip("sd1")
+    fitting = worlds.fitting_concept(whole, stock, 0, "<a>", bias=-1.0)
+    state = whole.model.diffusion_model.state_dict()
+    model, _ = FORMS[form](worlds, state, family="small")
+    patched, clip = apply_concepts(model, stock, [fitting], lock)
+    expected = worlds.sample(patched, clip, PROMPT, 1)
+    compiled = patched.clone()
+    # As TorchCompileModel, with the backend that only traces.
+    options = {"guard_filter_fn": skip_torch_compile_dict}
+    set_torch_compile_wrapper(model=compiled, backend="eager", options=options)
+    assert_close(worlds.sample(compiled, clip, PROMPT, 1), expected, FP32)
+    torch._dynamo.reset()

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 
+import comfy.lora
+import comfy.model_management
 import comfy.ops
+import comfy.utils
 import torch
-from comfy import model_base
+from comfy import model_base, model_patcher
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 CPU = torch.device("cpu")
 BLOCK = 32
+LIGHT = "sd1_light"
 
 State = dict[str, torch.Tensor]
 
 
-def quantised_by_comfyui(worlds, state: State, algorithm: str, full_precision: bool = True):
+def quantised_by_comfyui(
+    worlds, state: State, algorithm: str, full_precision: bool = True, family: str = LIGHT
+):
     """As a checkpoint that says layer by layer how it is quantised ("comfy_quant")."""
     conf = {"format": algorithm, "full_precision_matrix_mult": full_precision}
     layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
@@ -36,7 +42,7 @@ def quantised_by_comfyui(worlds, state: State, algorithm: str, full_precision: b
         stored[f"{key.removesuffix('weight')}comfy_quant"] = torch.tensor(note, dtype=torch.uint8)
     # As in a graph: what is made outside of inference mode cannot be moved inside of it.
     with torch.inference_mode():
-        model = _empty(worlds, quant_config={"mixed_ops": True})
+        model = _empty(worlds, family, quant_config={"mixed_ops": True})
         model.diffusion_model.load_state_dict(stored, strict=False)
     return worlds.patcher(model), plain
 
@@ -46,6 +52,7 @@ class PackedWeight(torch.Tensor):
 
     claimed: torch.Size
     scales: torch.Tensor
+    patches: tuple = ()
 
     @staticmethod
     def of(weight: torch.Tensor) -> PackedWeight:
@@ -71,7 +78,27 @@ class PackedWeight(torch.Tensor):
     def unpacked(self) -> torch.Tensor:
         """The weight that is meant, in fp32."""
         plain = self.as_subclass(torch.Tensor).float() * self.scales
-        return plain.reshape(self.claimed)
+        weight = plain.reshape(self.claimed)
+        for patches, key in self.patches:
+            weight = comfy.lora.calculate_weight(patches, weight, key)
+        return weight
+
+
+class PackedPatcher(model_patcher.ModelPatcher):
+    """A pack's own patcher, which leaves patches beside packed weights."""
+
+    def patch_weight_to_device(self, key, *args, **kwargs):
+        weight = comfy.utils.get_attr(self.model, key)
+        if not isinstance(weight, PackedWeight):
+            return super().patch_weight_to_device(key, *args, **kwargs)
+        weight.patches = ((self.patches[key], key),) if key in self.patches else ()
+        return weight
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        for weight in self.model.parameters():
+            if isinstance(weight, PackedWeight) and unpatch_weights:
+                weight.patches = ()
+        super().unpatch_model(device_to, unpatch_weights)
 
 
 class PackedOps(comfy.ops.manual_cast):
@@ -101,19 +128,19 @@ class PackedOps(comfy.ops.manual_cast):
             return torch.nn.functional.linear(input, weight.to(input.dtype), self.bias)
 
 
-def packed(worlds, state: State):
+def packed(worlds, state: State, family: str = LIGHT):
     """All linear weights of the attentions packed."""
     stored = {
         key: PackedWeight.of(value) if ".attn" in key and value.ndim == 2 else value
         for key, value in state.items()
     }
-    model = _empty(worlds, custom_operations=PackedOps)
+    model = _empty(worlds, family, custom_operations=PackedOps)
     model.diffusion_model.load_state_dict(stored, strict=False)
     plain = {
         key: value.unpacked() if isinstance(value, PackedWeight) else value
         for key, value in stored.items()
     }
-    return worlds.patcher(model), plain
+    return PackedPatcher(model, CPU, CPU), plain
 
 
 class LowRankLinear(torch.nn.Module):
@@ -192,8 +219,23 @@ def plain(worlds, state: State, dtype: torch.dtype = torch.float32):
     return worlds.patcher(model)
 
 
-def _empty(worlds, dtype: torch.dtype = torch.float32, **config) -> model_base.BaseModel:
-    settings = worlds.base_model("sd1_light").model_config
+def partly_loaded(model: model_patcher.ModelPatcher) -> model_patcher.ModelPatcher:
+    """Loaded with room for a third of the weights; the rest comes, and is patched, when used."""
+    comfy.model_management.unload_all_models()
+    size = model.model_size()
+    model.model_patches_to(model.load_device)
+    loaded = comfy.model_management.LoadedModel(model)
+    loaded.real_model = None
+    loaded.model_load(lowvram_model_memory=size // 3)
+    comfy.model_management.current_loaded_models.insert(0, loaded)
+    assert model.model.model_lowvram
+    return model
+
+
+def _empty(
+    worlds, family: str = LIGHT, dtype: torch.dtype = torch.float32, **config
+) -> model_base.BaseModel:
+    settings = worlds.base_model(family).model_config
     kind = type(settings)({**settings.unet_config, "dtype": dtype})
     cast = torch.float32 if config else None
     kind.set_inference_dtype(dtype, cast)
