@@ -30,7 +30,7 @@ def measure_covariance(
     clip: CLIP,
     captions: Iterable[str],
     on_progress: OnProgress | None = None,
-    positions: Positions = "words",
+    positions: Positions = "all",
     total: int | None = None,
 ) -> Covariance:
     """Second moment of the encodings of captions, batch after batch, in fp64.
@@ -69,7 +69,7 @@ def covariance_of(
     clip: CLIP,
     source: CaptionSource,
     on_progress: OnProgress | None = None,
-    positions: Positions = "words",
+    positions: Positions = "all",
 ) -> Covariance:
     """The covariance over a source, from disk when the very same was measured before.
 

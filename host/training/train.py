@@ -69,7 +69,7 @@ class Trained:
 
 
 def covariance_with_progress(
-    clip: CLIP, source: CaptionSource, positions: Positions = "words"
+    clip: CLIP, source: CaptionSource, positions: Positions = "all"
 ) -> Covariance:
     """`covariance_of` with a progress bar, interruptible after every batch."""
     progress = comfy.utils.ProgressBar(source.count)

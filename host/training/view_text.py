@@ -105,11 +105,11 @@ class TrainingText:
             batch.append(section)
         return self._encode(batch, torch.tensor(masks))
 
-    def twin_embeddings(self) -> dict[str, Tensor]:
-        """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
+    def random_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> the random vector (dim,) that names the concept."""
         return {
-            name: twin_vector(self._placeholder, name, words.rows[-1])
-            for name, words in superclass_words(self.clip, self._superclass).items()
+            name: twin_vector(self._placeholder, name, self._text.token_vectors(name, tokens)[-1])
+            for name, tokens in self._own_words.items()
         }
 
     def encode_twins(
