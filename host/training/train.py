@@ -74,7 +74,7 @@ class Trained:
 def covariance_with_progress(
     clip: CLIP,
     source: CaptionSource,
-    positions: Positions = "words",
+    positions: Positions = "all",
     model: ModelPatcher | None = None,
 ) -> Covariance:
     """`covariance_of` with a progress bar, interruptible after every batch."""

@@ -163,9 +163,9 @@ class TrainingView:
         """Encode prompts that each contain the superclass, the mask on all its sub-words."""
         return self.text.encode_superclass(prompts)
 
-    def twin_embeddings(self) -> dict[str, Tensor]:
-        """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
-        return self.text.twin_embeddings()
+    def random_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> the random vector (dim,) that names the concept."""
+        return self.text.random_embeddings()
 
     def encode_twins(
         self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]

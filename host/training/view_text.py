@@ -114,8 +114,8 @@ class TrainingText:
             batch.append(section)
         return self._encode(batch, masks)
 
-    def twin_embeddings(self) -> dict[str, Tensor]:
-        """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
+    def random_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> the random vector (dim,) that names the concept."""
         words = superclass_words(self.clip, self._superclass)
         likes = {name: each.rows[-1] for name, each in words.items()}
         for name in self._text.family.queries:
