@@ -18,6 +18,9 @@ from ..text.twin_vectors import SuperclassWords, served_rows, superclass_words, 
 from .checkpointing import checkpoint_blocks
 from .private_copy import unload
 
+ROOM = 256
+"""Tokens of a training prompt, where prompts are as long as they are."""
+
 
 class TrainingText:
     """The text half of a `Denoiser`.
@@ -154,7 +157,7 @@ class TrainingText:
     def _encode(self, batch: list[dict[str, Tokens]], masks: list[list[bool]]) -> Conditioning:
         longest = max(len(row) for row in masks)
         mask = torch.tensor([row + [False] * (longest - len(row)) for row in masks])
-        found = self._text.encode(batch)
+        found = self._text.encode(batch, ROOM if self._text.family.network.unpadded else 0)
         # What the projections will read at inference is what the gate must be trained on.
         encodings = found.encodings.to(self._device, self._dtype)
         return Conditioning(encodings, as_long_as(mask, encodings), found.pooled)
