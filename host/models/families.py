@@ -28,6 +28,7 @@ from .networks import (
     WAN,
     CrossAttention,
     Network,
+    why_not,
 )
 from .text_entries import entry_of
 from .unsupported import UnsupportedModelError, describe_model, no_concepts, unprompted
@@ -198,7 +199,7 @@ def network_of(model: BaseModel) -> Network:
     rows = (family.network for family in FAMILIES)
     found = next((row for row in rows if row.fits(network)), None)
     if found is None:
-        raise _refused(model)
+        raise _refused(model, why_not(network) or None)
     return found
 
 

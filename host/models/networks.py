@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from comfy.ldm.anima.model import Anima
+from comfy.ldm.cosmos.model import GeneralDIT
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT
-from comfy.ldm.lightricks.model import LTXVModel
+from comfy.ldm.hydit.models import HunYuanDiT
+from comfy.ldm.kandinsky5.model import Kandinsky5
+from comfy.ldm.lightricks.model import LTXBaseModel, LTXVModel
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.pixart.pixartms import PixArtMS
 from comfy.ldm.wan.model import WanModel
@@ -172,3 +175,18 @@ LTXV = Network(
     unless=("cross_attention_adaln", "caption_proj_before_connector"),
     axes=5,
 )
+
+
+def why_not(network: Any) -> str:
+    """Why a network with a text cross-attention is in no row, in a few words; "" when unknown."""
+    if isinstance(network, LTXBaseModel):
+        return "it scales and shifts what the keys and values read in every layer at every step"
+    if isinstance(network, HunYuanDiT):
+        return "it reads two encodings of different widths, and a concept's direction is in one"
+    if isinstance(network, Kandinsky5):
+        return "blocks that change at every step mix the text before the keys and values read it"
+    if isinstance(network, WanModel):
+        return "besides the text's cross-attention it reads more than Wan's own models do"
+    if isinstance(network, GeneralDIT):
+        return "nobody has taught Perfusion where this older Cosmos reads the text"
+    return ""

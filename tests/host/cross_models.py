@@ -250,6 +250,7 @@ CROSS: dict[str, Cross] = {
 }
 
 
+META = torch.device("meta")
 REAL = tuple(FAMILIES)
 
 
@@ -288,7 +289,7 @@ def build_cross(name: str, seed: int = 0) -> model_patcher.ModelPatcher:
 
 def full_size(name: str) -> model_base.BaseModel:
     """The published model's structure, without contents."""
-    return base_of(name, CROSS[name].full, torch.device("meta"))
+    return base_of(name, CROSS[name].full, META)
 
 
 def base_of(name: str, unet: dict, device: torch.device) -> model_base.BaseModel:
