@@ -26,7 +26,8 @@ def loss_weight(sampling: Any, sigma: Tensor) -> Tensor:
     """What turns the squared x0 error into the native loss, (B, 1, 1, 1) for sigma (B,).
 
     Predicting the noise or a flow: 1 / sigma^2. Predicting v: (sigma^2 + d^2) / (sigma d)^2 with
-    d the standard deviation of the data (1 except for EDM models).
+    d the standard deviation of the data (1 except for EDM models). Cosmos predicts a flow whose
+    time is sigma / (sigma + 1): ((sigma + 1) / sigma)^2.
 
     Raises:
         UnsupportedModelError: for other prediction types, naming the class and the supported ones.
@@ -37,6 +38,8 @@ def loss_weight(sampling: Any, sigma: Tensor) -> Tensor:
     if issubclass(kind, sampling_types.V_PREDICTION):
         data = float(torch.as_tensor(sampling.sigma_data)) ** 2
         return (squared + data) / (squared * data)
+    if issubclass(kind, sampling_types.COSMOS_RFLOW):
+        return (1 + 1 / sigma.float()).square()[:, None, None, None]
     others = sampling_types.X0, sampling_types.IMG_TO_IMG_FLOW
     plain = sampling_types.EPS, sampling_types.CONST
     if issubclass(kind, plain) and not issubclass(kind, others):

@@ -198,7 +198,11 @@ def _has_weight(mask: Tensor, box: Box) -> bool:
 
 
 def _encoded(vae: VAE, pixels: Tensor, at: int) -> Tensor:
-    latents = vae.encode(pixels)
+    if vae.latent_dim == 3:
+        # To a VAE of videos they would be frames; one frame each, they are pictures.
+        latents = torch.cat([vae.encode(picture[None]) for picture in pixels])[:, :, 0]
+    else:
+        latents = vae.encode(pixels)
     if latents.ndim != 4:
         raise ValueError(
             f"expected a VAE of pictures with latents (B, C, h, w), found {tuple(latents.shape)}; "

@@ -1,17 +1,19 @@
-"""How much of a UNet's forward pass is kept for the backward pass, found without computing it."""
+"""How much of a forward pass is kept for the backward pass, found without computing it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.ops
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
 from .checkpointing import BLOCKS
+from .differentiable import make_differentiable
 
 META = torch.device("meta")
 
@@ -57,6 +59,43 @@ def kept_by_unet(
             torch.empty(rows, device=META),
             context=context,
             y=None if pooled is None else empty(rows, pooled),
+            transformer_options={"optimized_attention_override": _attention},
+        )
+    return count.result()
+
+
+def kept_by_transformer(
+    network: torch.nn.Module,
+    config: Mapping[str, Any],
+    latent: Sequence[int],
+    text: tuple[int, int],
+    dtype: torch.dtype,
+) -> Kept:
+    """What a network like this keeps of latents of a shape (B, C, ..., h, w).
+
+    Args:
+        network: of the class; nothing of its weights is used.
+        config: ComfyUI's configuration of it.
+        latent: the shape.
+        text: number and width of the encodings.
+        dtype: what it computes in.
+    """
+    like: Any = type(network)
+    made: torch.nn.Module = like(
+        **{**config, "dtype": dtype}, device=META, operations=comfy.ops.disable_weight_init
+    )
+    made.requires_grad_(False)
+    make_differentiable(made)
+    count = _Count(made.parameters())
+    for block in made.modules():
+        if isinstance(block, BLOCKS):
+            block.forward = functools.partial(count.within, block.forward, object())
+    empty = functools.partial(torch.empty, device=META, dtype=dtype)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count.keep, lambda x: x):
+        made(
+            empty(*latent),
+            torch.empty(latent[0], device=META),
+            context=empty(latent[0], *text, requires_grad=True),
             transformer_options={"optimized_attention_override": _attention},
         )
     return count.result()
@@ -139,7 +178,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Output (B, N, heads d) like the queries."""
-        out = torch.empty_like(q)
+        # Heads apart (B, heads, N, d) come back as (B, N, heads d).
+        joined = (q.shape[0], q.shape[2], q.shape[1] * q.shape[3]) if q.ndim == 4 else q.shape
+        out = q.new_empty(joined)
         ctx.save_for_backward(q, k, v, out)
         return out
 

@@ -9,13 +9,15 @@ import comfy.model_management
 import torch
 from comfy.sd import CLIP
 
-from ..models.families import encoder_models
+from ..models.families import encoder_models, family_of
 from ..models.loaded import Models, pixels_per_latent
-from .activations import kept_by_unet
+from ..models.networks import UNET
+from .activations import kept_by_transformer, kept_by_unet
 from .private_copy import stored_plainly
 
 _GIGABYTE = 1e9
 _TOKENS = 77
+_LONG_TEXT = 512
 # Gradients of the newest activations beside the activations themselves, and the rest of a step.
 _GRADIENTS = 4
 # What allocators and libraries take besides; the bytes are those of a measured step on a CPU.
@@ -81,7 +83,7 @@ def estimate_memory(
 
     Without `text_learns` the text encoders keep nothing for a backward pass.
 
-    The activations are counted by running the UNet's own structure without contents; the text
+    The activations are counted by running the network's own structure without contents; the text
     encoders' are calculated from their sizes. What cannot be known is left to a margin of 10 % and
     a quarter of a gigabyte.
     Takes about two seconds for SDXL.
@@ -89,18 +91,28 @@ def estimate_memory(
     model, clip, vae = models.model, models.clip, models.vae
     unet = model.model.diffusion_model
     config = model.model.model_config.unet_config
-    kept = kept_by_unet(config, rows, *latent, _TOKENS, dtype)
+    family = family_of(model.model)
+    if family.network is UNET:
+        kept = kept_by_unet(config, rows, *latent, _TOKENS, dtype)
+    else:
+        channels = model.model.latent_format.latent_channels
+        frames = [1] * (family.network.axes - 4)
+        # More channels are pictures to begin with, which are small beside everything else.
+        shape = (rows, int(config.get("in_dim", channels)), *frames, *latent)
+        kept = kept_by_transformer(unet, config, shape, (_LONG_TEXT, family.width), dtype)
     numbers = sum(weight.numel() for weight in unet.parameters())
     weights = numbers * dtype.itemsize
     activations = kept.checkpointed + kept.block if checkpointing else kept.everything
     if not stored_plainly(unet):
         weights = comfy.model_management.module_size(unet)
         # Cast where they are used, and kept so; with checkpointing only those of one block.
-        largest = max(sum(w.numel() for w in part.parameters()) for part in unet.input_blocks)
+        parts = unet.input_blocks if family.network is UNET else unet.blocks
+        largest = max(sum(w.numel() for w in part.parameters()) for part in parts)
         activations += dtype.itemsize * (largest if checkpointing else numbers)
     activations += _GRADIENTS * kept.tensor
     factor = pixels_per_latent(vae)
-    pixels = (1, 3, latent[0] * factor, latent[1] * factor)
+    frame = [1] * (vae.latent_dim - 2)
+    pixels = (1, 3, *frame, latent[0] * factor, latent[1] * factor)
     return MemoryEstimate(
         weights=weights,
         text=comfy.model_management.module_size(clip.cond_stage_model)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ..injection.apply import apply_concepts
 from ..injection.injection import KEY
+from ..models.families import network_of
 from ..pictures.thumbnails import UNREADABLE
 from .private_copy import unload
 
@@ -98,7 +99,8 @@ class Painter:
         if not comfy.model_management.is_device_cpu(vae.device):
             comfy.model_management.free_memory(needed, vae.device)
         with torch.inference_mode(self._mode):
-            pixels = (vae.decode(latent)[..., :3] * 255).round().clamp(0, 255).to(torch.uint8)
+            decoded = vae.decode(latent)[..., :3].flatten(0, -4)
+            pixels = (decoded * 255).round().clamp(0, 255).to(torch.uint8)
         return pixels.cpu().clone()
 
 
@@ -108,7 +110,9 @@ def _sampled(model: ModelPatcher, clip: CLIP, prompt: str, settings: SampleSetti
         clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")
     )
     latent_format: Any = model.get_model_object("latent_format")
-    empty = torch.zeros(1, latent_format.latent_channels, *settings.size)
+    # To a model of videos a picture is one of a single frame.
+    frames = [1] * (network_of(model.model).axes - 4)
+    empty = torch.zeros(1, latent_format.latent_channels, *frames, *settings.size)
     noise = comfy.sample.prepare_noise(empty, settings.seed)
     return comfy.sample.sample(
         model,

@@ -23,6 +23,7 @@ from ..files.concept_files import signed
 from ..interface.messages import tell
 from ..models.families import family_of
 from ..models.loaded import Models, pixels_per_latent
+from ..models.networks import UNET
 from ..pictures.image_rows import training_rows
 from ..pictures.training_images import TrainingImages, encode_images
 from ..text.caption_sources import CaptionSource, built_in
@@ -162,6 +163,12 @@ def _check(
     choose: bool,
 ) -> None:
     check_training(models.model, models.clip, config.superclass, config.placeholder)
+    family = family_of(models.model.model)
+    if family.network is not UNET and config.mode != "twin_lock":
+        raise ValueError(
+            f"{family.label} is trained with the twin lock only: its text encoders cannot be "
+            "differentiated through, which other key locks need; choose key_lock twin"
+        )
     training_rows(material.images, material.masks, options.images.alpha)
     if not options.prompts_for(config.placeholder) and choose:
         raise ValueError(

@@ -28,6 +28,7 @@ from ..models.query_adapter import adapter_of
 from ..pictures.training_images import TrainingImages
 from ..text.placeholders import PlaceholderError, is_existing_word
 from .checkpointing import checkpoint_blocks
+from .differentiable import make_differentiable
 from .private_copy import (
     Precision,
     compute_in,
@@ -75,6 +76,7 @@ def training_view(
             own_clip = private_clip(clip)
             private.append(own_clip.patcher)
             own_model = private_patcher(model)
+            make_differentiable(own_model.model.diffusion_model)
             private.append(own_model)
             compute_in(own_model, training_dtype(own_model, precision))
             comfy.model_management.in_training = True

@@ -1,0 +1,156 @@
+"""Training on transformers with a text cross-attention: a step is that of the pure function."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import comfy.model_management
+import pytest
+import torch
+from comfyui_perfusion.host.models.families import FAMILIES, cross_attentions, family_of
+from comfyui_perfusion.host.models.native_loss import schedule
+from comfyui_perfusion.host.pictures.training_images import TrainingImages
+from comfyui_perfusion.host.text.covariance import measure_covariance
+from comfyui_perfusion.host.training.activations import kept_by_transformer
+from comfyui_perfusion.host.training.view import training_view
+from comfyui_perfusion.perfusion import Direction, load_concept, save_concept, train_concept
+from comfyui_perfusion.perfusion.gated.gate import Gate
+from comfyui_perfusion.perfusion.gated.twin_lock import TwinProjections, twin_gates, twin_inputs
+from comfyui_perfusion.perfusion.training.config import TrainingConfig
+
+from tests.host.cross_models import CROSS, build_cross, full_size, narrow_families, real_families
+from tests.host.injection.test_transformers import rows_of
+from tests.host.training_world import batch_of
+
+PROMPTS = ["a photo of a <thing>", "an old <thing>, in the snow"]
+CAPTIONS = ["a blue bag", "a mug on a table", "an old house in a garden", "the small cat and a dog"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow():
+    with narrow_families():
+        yield
+
+
+@pytest.fixture(scope="module")
+def worlds_of():
+    """A family's small MODEL, CLIP and latents of two pictures."""
+
+    @functools.cache
+    def make(name):
+        generator = torch.Generator().manual_seed(0)
+        channels = CROSS[name].latent[1]
+        latents = [torch.randn(1, channels, 8, 8, generator=generator) for _ in range(2)]
+        pictures = TrainingImages(latents, None, [(64, 64)] * 2, "0" * 16)
+        return build_cross(name), CROSS[name].clip(), pictures
+
+    return make
+
+
+@pytest.fixture(params=CROSS)
+def world(request, worlds_of):
+    return request.param, *worlds_of(request.param)
+
+
+def view_of(world):
+    _, model, clip, pictures = world
+    return training_view(model, clip, pictures, "mug", "<thing>")
+
+
+def test_the_loss_of_a_step_is_that_of_the_pure_function(world):
+    name, model, _, pictures = world
+    with view_of(world) as view:
+        named, twin = view.encode_twins(PROMPTS[:1] * 2, view.twin_embeddings())
+        i = named.encodings[named.mask].double().mean(0)
+        direction = Direction(i, i, Gate(0.7, 0.2))
+        random = torch.Generator().manual_seed(2)
+        values = {
+            layer: torch.randn(1, width, generator=random) for layer, width in view.layers.items()
+        }
+        gates = twin_gates(named.encodings, twin.encodings, [direction])
+        inputs = twin_inputs(twin.encodings, gates)
+        edit = TwinProjections(twin.encodings, inputs, gates, values)
+        batch = batch_of(1, 0)
+        found = view.errors(batch, twin, edit).detach()
+        plain = view.errors(batch, twin, None).detach()
+    comfy.model_management.load_models_gpu([model])
+    base, frames = model.model, family_of(model.model).network.axes == 5
+    clean = torch.cat([pictures.latents[at] for at in (1, 0)])
+    clean = base.process_latent_in(clean[:, :, None] if frames else clean)
+    sampling = base.model_sampling
+    sigma = schedule(sampling, batch.timesteps)
+    noise = batch.noise(*clean.shape[1:])
+    noisy = sampling.noise_scaling(sigma.reshape(-1, *[1] * (clean.ndim - 1)), noise, clean)
+
+    def edited(layer):
+        (_, _), (weight, bias) = rows_of(layer)
+
+        def hook(module, args, made):
+            read = twin_inputs(args[0], gates)
+            value = torch.nn.functional.linear(read, weight, bias) + gates @ values[layer.name]
+            return (
+                value
+                if len(layer.modules) == 2
+                else torch.cat([made[..., : layer.key_width], value], -1)
+            )
+
+        return hook
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer in cross_attentions(base):
+            module = layer.modules[-1]
+            stack.callback(module.register_forward_hook(edited(layer)).remove)
+        denoised = base.apply_model(noisy, sigma, c_crossattn=twin.encodings)
+    # What each prediction is wrong by: noise and flow the error of x0 by sigma, Cosmos by its time.
+    time = sigma / (sigma + 1) if name == "cosmos_predict2" else sigma
+    expected = ((denoised - clean) / time.reshape(-1, *[1] * (clean.ndim - 1))).square()
+    expected = expected.reshape(found.shape)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-4)
+    assert float((plain - expected).abs().max()) / scale > 2e-3
+
+
+def test_a_concept_is_learned_and_its_file_names_the_family(world, tmp_path):
+    name, model, clip, _ = world
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    covariance = measure_covariance(clip, CAPTIONS, model=model)
+    config = TrainingConfig(
+        placeholder="<thing>", superclass="mug", steps=2, batch_size=2, mode="twin_lock"
+    )
+    with view_of(world) as view:
+        result = train_concept(view, config, covariance)
+    assert result.error is None
+    assert result.steps == 2
+    concept = load_concept(save_concept(result.concept, tmp_path / "it.safetensors"))
+    family = family_of(model.model)
+    assert concept.family == family.name == name
+    assert concept.i.shape == (family.width,)
+    assert {key: value.shape[-1] for key, value in concept.embeddings.items()} == family.vectors
+    assert list(concept.o_v) == [layer.name for layer in cross_attentions(model.model)]
+    comfy.model_management.unload_all_models()
+    after = model.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_the_covariance_counts_words_and_their_end_token(world):
+    _, model, clip, _ = world
+    covariance = measure_covariance(clip, CAPTIONS, model=model)
+    name = family_of(model.model).positions
+    tokens = [clip.tokenize(caption, min_length=1)[name][0] for caption in CAPTIONS]
+    assert covariance.tokens == sum(len(each) for each in tokens)
+    assert covariance.width == family_of(model.model).width
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_memory_is_counted_at_full_size_and_less_of_it_with_checkpointing(name):
+    with real_families():
+        network = full_size(name).diffusion_model
+        width = next(family.width for family in FAMILIES if family.name == name)
+        axes = next(family.network.axes for family in FAMILIES if family.name == name)
+    latent = (1, CROSS[name].latent[1], *[1] * (axes - 4), 64, 64)
+    kept = kept_by_transformer(network, CROSS[name].full, latent, (512, width), torch.bfloat16)
+    count, d = CROSS[name].layers
+    # Of every layer at least the values of the text are kept, which learn.
+    assert kept.everything > count * 512 * d * 2
+    assert kept.checkpointed + kept.block < kept.everything / 4
