@@ -18,12 +18,12 @@ TRAINABLE = (
     ModelType.EDM,
     ModelType.FLOW,
     ModelType.FLUX,
+    ModelType.FLOW_COSMOS,
 )
 OTHERS = (
     ModelType.IMG_TO_IMG,
     ModelType.IMG_TO_IMG_FLOW,
     ModelType.V_PREDICTION_DDPM,
-    ModelType.FLOW_COSMOS,
 )
 
 
