@@ -82,7 +82,7 @@ def random_concepts(model: model_patcher.ModelPatcher, count: int) -> list[Conce
                 superclass="cat",
                 embeddings={
                     name: torch.randn(width, generator=generator)
-                    for name, width in family.encoders.items()
+                    for name, width in family.vectors.items()
                 },
                 i=i,
                 u=i / i.square().sum(),

@@ -1,6 +1,6 @@
 """How much longer a sampling step takes with concepts than without.
 
-    python dev.py bench overhead [--families sd1 sdxl] [--rounds 7] [--steps 6] [--cpu] ...
+    python dev.py bench overhead [--families sd1 sdxl anima] [--rounds 7] [--steps 6] [--cpu] ...
 
 One model, sampled by ComfyUI itself without the pack and with 1, 4 and 16 concepts, with global key
 lock and with a moving gate. Every turn's figure is the median of its steps but the first (which
@@ -12,6 +12,8 @@ Whole steps vary by more than a concept costs. On a CPU the table therefore also
 spends in the only two places the pack touches: the text's key and value projections, and what lies
 around the model's call. "added" is how much more that is than without the pack, as a share of the
 unpatched step.
+
+Anima stands for transformers: its width with a few of its equal blocks, its 512 text tokens.
 
 On a GPU it is the clock that counts, on a CPU the processor time of one thread. A smaller --latent
 makes the share of the concepts larger: the text does not shrink with the picture.
@@ -41,9 +43,15 @@ from comfyui_perfusion.perfusion import GateSchedule  # noqa: E402
 
 from ._models import PUBLISHED_CHANNELS, random_concepts, random_model, text_encoder  # noqa: E402
 from ._report import print_table, write_results  # noqa: E402
+from ._transformers import BLOCKS, TOKENS, anima_text_encoder, random_anima  # noqa: E402
 
 COUNTS = (0, 1, 4, 16)
-TARGETS = {("sd1", "1 concept"): 1.01, ("sd1", "16 concepts"): 1.03}
+FAMILIES = ("sd1", "sdxl", "anima")
+TARGETS = {
+    (family, name): target
+    for family in ("sd1", "anima")
+    for name, target in (("1 concept", 1.01), ("16 concepts", 1.03))
+} | {("anima", "1, twin lock"): 1.01, ("anima", "16, twin lock"): 1.03}
 UNPATCHED = "unpatched"
 
 
@@ -69,13 +77,17 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(prog="dev.py bench overhead", description=__doc__)
-    parser.add_argument("--families", nargs="+", default=["sd1", "sdxl"], choices=["sd1", "sdxl"])
+    parser.add_argument("--families", nargs="+", default=["sd1", "sdxl"], choices=FAMILIES)
     parser.add_argument("--channels", type=int, default=PUBLISHED_CHANNELS)
     parser.add_argument("--latent", type=int, default=64, help="side of the latent picture")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of a transformer")
+    parser.add_argument("--only", nargs="+", help="names of candidates, all of them by default")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6, help="sampling steps per turn, 2 or more")
     parser.add_argument("--cpu", action="store_true", help="even where there is CUDA")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: a spread needs at least 2")
     if options.steps < 2:
         parser.error("--steps: the first step is not counted, so at least 2 are needed")
     return options
@@ -85,8 +97,15 @@ def measure(
     family: str, options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """The rows of one family."""
-    model = random_model(family, options.channels, device, dtype)
+    if family == "anima":
+        model = random_anima(options.blocks, device, dtype)
+        shape = f"{family}, {options.blocks} blocks, {options.latent} x 2"
+    else:
+        model = random_model(family, options.channels, device, dtype)
+        shape = f"{family}, {options.channels} channels, {options.latent} x 2"
     patchers = candidates(model, family)
+    if options.only:
+        patchers = {name: patchers[name] for name in (UNPATCHED, *options.only)}
     conds = conditionings(model)
     base = model.model
     stopwatch = Stopwatch(base) if device.type == "cpu" else None
@@ -113,7 +132,7 @@ def measure(
         share = statistics.median(more[name]) / statistics.median(seconds[UNPATCHED])
         rows.append(
             {
-                "model": f"{family}, {options.channels} channels, {options.latent} x 2",
+                "model": shape,
                 "on it": name,
                 "ms per step": 1000 * statistics.median(taken),
                 "to unpatched": statistics.median(ratios[name]),
@@ -129,7 +148,7 @@ def measure(
 
 def candidates(model: Any, family: str) -> dict[str, Any]:
     """Name -> patcher; all share the model's weights."""
-    clip = text_encoder(family, layers=3)
+    clip = anima_text_encoder() if family == "anima" else text_encoder(family, layers=3)
     found = {UNPATCHED: model}
     for count in COUNTS:
         name = f"{count} concept{'' if count == 1 else 's'}"
@@ -138,18 +157,24 @@ def candidates(model: Any, family: str) -> dict[str, Any]:
     found["1, global key lock"] = apply_concepts(model, clip, one, "global")[0]
     moving = [one[0].with_schedule(GateSchedule(0, 1, (0.4, 0.7), (0.1, 0.2)))]
     found["1, moving gate"] = apply_concepts(model, clip, moving)[0]
+    for count in (1, 16):
+        concepts = random_concepts(model, count)
+        found[f"{count}, twin lock"] = apply_concepts(model, clip, concepts, "twin")[0]
     return found
 
 
 def conditionings(model: Any) -> tuple[list[Any], list[Any]]:
     """A positive and a negative conditioning of noise, each with a twin."""
     generator = torch.Generator().manual_seed(2)
-    width = family_of(model.model).width
+    family = family_of(model.model)
+    tokens = TOKENS if family.name == "anima" else 77
 
     def one() -> list[Any]:
-        encodings, twin = (torch.randn(1, 77, width, generator=generator) for _ in range(2))
-        pooled = torch.randn(1, 1280, generator=generator)
-        return [[with_twin(encodings, twin), {"pooled_output": pooled}]]
+        encodings, twin = (
+            torch.randn(1, tokens, family.width, generator=generator) for _ in range(2)
+        )
+        pair = with_twin(encodings, twin, frozenset({"<0>"}))
+        return [[pair, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
 
     return one(), one()
 
@@ -173,7 +198,8 @@ def step_seconds(
             stopwatch.start()
         ends.append(time.process_time() if device.type == "cpu" else time.perf_counter())
 
-    latent = torch.zeros(1, 4, options.latent, options.latent)
+    shape = (patcher.model.latent_format.latent_channels, options.latent, options.latent)
+    latent = comfy.sample.fix_empty_latent_channels(patcher, torch.zeros(1, *shape))
     with torch.inference_mode():
         comfy.sample.sample(
             patcher,

@@ -20,9 +20,10 @@ from ...perfusion.masks.soft_masks import MaskOptions, SoftMasks, overlay, soft_
 from ...perfusion.text.words import check_phrase
 from ..injection.injection import set_injection
 from ..models.conditions import extra_conditions
-from ..models.families import check_clip, family_of
+from ..models.families import UnsupportedModelError, check_clip, family_of
 from ..models.loaded import pixels_per_latent
 from ..models.native_loss import schedule
+from ..models.networks import UNET
 from ..text.text_encoders import TextEncoders
 from .attention_watch import AttentionWatch
 from .image_rows import check_images
@@ -97,6 +98,11 @@ def auto_mask(
     """
     options = options or AutoMaskOptions()
     family = family_of(model.model)
+    if family.network is not UNET:
+        raise UnsupportedModelError(
+            f"Auto Mask looks into the attention of UNets, {family.label} is another kind of "
+            "network; draw the masks by hand, or let another node make them"
+        )
     check_clip(clip, family)
     check_images([images])
     word = superclass.strip()

@@ -128,13 +128,13 @@ class PackedOps(comfy.ops.manual_cast):
             return torch.nn.functional.linear(input, weight.to(input.dtype), self.bias)
 
 
-def packed(worlds, state: State, family: str = LIGHT):
+def packed(worlds, state: State):
     """All linear weights of the attentions packed."""
     stored = {
         key: PackedWeight.of(value) if ".attn" in key and value.ndim == 2 else value
         for key, value in state.items()
     }
-    model = _empty(worlds, family, custom_operations=PackedOps)
+    model = _empty(worlds, custom_operations=PackedOps)
     model.diffusion_model.load_state_dict(stored, strict=False)
     plain = {
         key: value.unpacked() if isinstance(value, PackedWeight) else value

@@ -18,6 +18,8 @@ from comfyui_perfusion.nodes.masks import PerfusionAutoMask
 from comfyui_perfusion.perfusion.masks.attention import word_share
 from comfyui_perfusion.perfusion.masks.soft_masks import MaskOptions
 
+from tests.host.cross_models import build_cross, narrow_families
+
 FAMILIES = ("sd1_light", "sd2_light", "sdxl_light", "sdxl_refiner")
 # One draw at a small size, hard edges where the model sees them: what differs is the model's.
 QUICK = AutoMaskOptions(MaskOptions(edges=False), draws=1, resolution=64)
@@ -243,12 +245,21 @@ def test_pictures_with_nan_are_refused_by_number(world):
 def test_models_and_parts_that_do_not_fit_are_refused(worlds, world):
     joint = worlds.new_model("small")
     joint.model.diffusion_model = torch.nn.Linear(1, 1)
-    with pytest.raises(UnsupportedModelError, match=r"not a model Perfusion can edit.*SDXL"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"its network is a Linear.*supported are.*SDXL"
+    ):
         masks_of((joint, *world[1:]))
     with pytest.raises(UnsupportedModelError, match="expected the text encoders clip_l"):
         masks_of((world[0], worlds.clip("sd2"), world[2]))
     with pytest.raises(ValueError, match=r"VAE of 4 latent channels.*found 24"):
         masks_of((*world[:2], load_small_model(world_weights())[2]))
+
+
+def test_a_transformer_is_refused_by_name(world):
+    with narrow_families():
+        model = build_cross("cosmos_predict2")
+        with pytest.raises(UnsupportedModelError, match=r"UNets, Cosmos-Predict2 is another kind"):
+            masks_of((model, *world[1:]))
 
 
 @pytest.mark.parametrize(("name", "value"), [("draws", 0), ("resolution", -1)])
