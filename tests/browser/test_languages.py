@@ -14,6 +14,7 @@ TRANSLATIONS = sorted((ROOT / "dev" / "translations").glob("*.json"))
 SPEAK = """async language => {
     await window.app.extensionManager.setting.set("Comfy.Locale", language);
 }"""
+SPOKEN = """() => window.app.extensionManager.setting.get("Comfy.Locale")"""
 SAYS = """key => {
     const {$t} = document.querySelector("#vue-app").__vue_app__.config.globalProperties;
     return $t(`nodeDefs.${key}`);
@@ -27,8 +28,13 @@ def test_names_and_tooltips_are_shown_as_they_were_translated(page: Page, file: 
     shown = "PerfusionTrainingOptions"
     name = translation["nodes"][shown]["display_name"]
     page.wait_for_function(
-        f"name => ({SAYS})('{shown}.display_name') === name", arg=name, timeout=120_000
+        f"""([name, language]) => ({SAYS})('{shown}.display_name') === name
+            || ({SPOKEN})() !== language""",
+        arg=[name, file.stem],
+        timeout=120_000,
     )
+    if page.evaluate(SPOKEN) != file.stem:
+        pytest.skip(f"this version of the interface cannot be set to {file.stem}")
     # One with {}, which the interface would read as a command.
     english = next(text for text in translation["tooltips"] if text.startswith("What to draw"))
     assert "{}" in translation["tooltips"][english]
