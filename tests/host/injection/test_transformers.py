@@ -364,7 +364,10 @@ def test_what_cannot_be_edited_is_refused_by_name_with_the_reason(name):
     )
     # The class alone tells.
     model.diffusion_model = network.__new__(network)
-    with pytest.raises(UnsupportedModelError, match=f"{name}.* cannot take concepts: (it|blocks|besides) .*supported are"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=f"{name}.* cannot take concepts: (it|blocks|besides) .*supported are",
+    ):
         family_of(model)
 
 
