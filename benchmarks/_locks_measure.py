@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demo.captions import sample_captions
 from demo.classes import CLASS_NAMES
 from demo.fidelity import half, kinds_present, pair_scales, scene_fidelity, single_scale, to_judge
 from demo.measure import PAIR_PROMPTS, PROMPTS
@@ -154,9 +153,8 @@ class Bench:
     def _asked(self, word: str) -> tuple[list[str], list[str], list[str]]:
         """Prompts, scenes and styles of the pictures of one thing."""
         chosen = [PROMPTS[at] for at in self.size.prompts for _ in range(self.size.seeds)]
-        return [t.format(word) for t, _, _ in chosen], [s for _, s, _ in chosen], [
-            s for *_, s in chosen
-        ]
+        texts = [text.format(word) for text, _, _ in chosen]
+        return texts, [scene for _, scene, _ in chosen], [style for *_, style in chosen]
 
     def _pairs(self, left: str, right: str) -> list[str]:
         some = PAIR_PROMPTS[: self.size.pairs]

@@ -1,7 +1,7 @@
 """Ways to teach the small world a thing of one's own, each learned and drawn alike.
 
-The gated locks and textual inversion train as the node does; Train LoRA is ComfyUI's own node, taught
-with the everyday word, as a user without this pack would.
+The gated locks and textual inversion train as the node does; Train LoRA is ComfyUI's own node,
+taught with the everyday word, as a user without this pack would.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
 
 The demo's training at its full length, again and again:
 
-(a) in one process, with each number of threads and each of the two locks; all that a training's
-    state holds (what is learned, the optimiser's moments, random numbers, losses) is hashed.
-(b) in a real ComfyUI server, template 1: uninterrupted, and interrupted at random moments and then
+(a) in a real ComfyUI server, template 1: uninterrupted, and interrupted at random moments and then
     run again; the concept of the last step and the file of losses are hashed.
+(b) in one process, with each number of threads and each of the two locks; all that a training's
+    state holds (what is learned, the optimiser's moments, random numbers, losses) is hashed.
 
 Every row should have one hash. Numbers of threads are not expected to agree with each other: torch
 splits some sums by them.
@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,25 @@ def main() -> int:
     """Train, print the table, write benchmarks/results/repeatable.json; 1 unless all agree."""
     options = parse()
     rows: list[dict[str, Any]] = []
+    for found in measured(options):
+        rows.append(found)
+        # After every row: the whole takes long.
+        print_table([found])
+        sys.stdout.flush()
+        write_results("repeatable", vars(options), rows)
+    print_table(rows)
+    return int(any(row["hashes"] != 1 for row in rows))
+
+
+def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows, one after the other."""
+    if options.uninterrupted:
+        yield in_server(options)
     if options.threads:
         world = World()
         for threads in options.threads:
             for lock in options.locks:
-                rows.append(in_process(world, lock, threads, options))
-                print_table(rows[-1:])
-    if options.uninterrupted + options.interrupts:
-        rows.append(in_server(options))
-    print_table(rows)
-    print(f"Wrote {write_results('repeatable', vars(options), rows)}")
-    return int(any(row["hashes"] != 1 for row in rows))
+                yield in_process(world, lock, threads, options)
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--locks", nargs="+", default=LOCKS, choices=LOCKS)
     parser.add_argument("--trainings", type=int, default=10, help="of each, in one process")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--uninterrupted", type=int, default=5, help="runs in a server")
+    parser.add_argument("--uninterrupted", type=int, default=5, help="runs in a server, or 0")
     parser.add_argument("--interrupts", type=int, default=14, help="runs in it that are cut off")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     return parser.parse_args()
@@ -141,7 +149,8 @@ def in_server(options: argparse.Namespace) -> dict[str, Any]:
                 runs.cut_off(moment)
                 hashes.append(runs.digest())
     what = f"server: {options.uninterrupted} in one go, {options.interrupts} interrupted"
-    return row(what, "server's own", seconds, hashes)
+    # The server's process takes the number that this one took.
+    return row(what, torch.get_num_threads(), seconds, hashes)
 
 
 def once(runs: ServerTraining, seconds: list[float]) -> str:

@@ -105,9 +105,7 @@ def scene_fidelity(judge: Judge, pictures: Tensor, scenes: list[str], styles: li
 
 
 @torch.no_grad()
-def kinds_present(
-    judge: Judge, pictures: Tensor, subjects: tuple[str | Look, str | Look]
-) -> float:
+def kinds_present(judge: Judge, pictures: Tensor, subjects: tuple[str | Look, str | Look]) -> float:
     """Share of pictures whose two likeliest kinds are those of the two subjects."""
     logits = judge.read(judge.features(to_judge(pictures)))["kind"]
     wanted = torch.tensor(sorted(CLASS_NAMES.index(look_of(s).kind) for s in subjects))

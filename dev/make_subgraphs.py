@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from .chromium import find_chromium, launch, open_interface
+from .interface import own_interface
 from .make_templates import tidy
-from .prepare import Layout, make_server, prepare
-from .report import Failure, say
+from .report import say
 
 ROOT = Path(__file__).resolve().parent.parent
 # Name, the workflow, the nodes that become one, and which of their widgets stand on it.
@@ -61,19 +59,7 @@ MAKE = """async ({api, name, ids, shown}) => {
 
 def main() -> int:
     """Write every blueprint; returns the exit status."""
-    executable = find_chromium()
-    if executable is None:
-        raise Failure("No Chromium found: install one or let CHROMIUM name it.")
-    layout = Layout(ROOT)
-    host = prepare(layout, with_tests=True)
-    with (
-        tempfile.TemporaryDirectory() as base,
-        make_server(host, layout, Path(base)) as server,
-        launch(executable) as browser,
-    ):
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        server.client.json("/settings/Comfy.VueNodes.Enabled", False)
-        open_interface(page, server.client)
+    with own_interface() as (page, _):
         for name, (workflow, ids, shown) in BLUEPRINTS.items():
             source = ROOT / "workflows" / "api" / f"{workflow}.json"
             api = json.loads(source.read_text(encoding="utf-8"))

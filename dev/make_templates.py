@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from .chromium import find_chromium, launch, open_interface
-from .prepare import Layout, make_server, prepare
-from .report import Failure, say
+from .interface import own_interface
+from .report import say
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = Path(__file__).with_name("templates.json")
@@ -79,21 +77,9 @@ MARK = {"perfusion_page": True}
 
 def main() -> int:
     """Write every template; returns the exit status."""
-    executable = find_chromium()
-    if executable is None:
-        raise Failure("No Chromium found: install one or let CHROMIUM name it.")
     layouts = json.loads(LAYOUTS.read_text(encoding="utf-8"))
     reserve = layouts.pop("reserve")
-    layout = Layout(ROOT)
-    host = prepare(layout, with_tests=True)
-    with (
-        tempfile.TemporaryDirectory() as base,
-        make_server(host, layout, Path(base)) as server,
-        launch(executable) as browser,
-    ):
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        server.client.json("/settings/Comfy.VueNodes.Enabled", False)
-        open_interface(page, server.client)
+    with own_interface() as (page, _):
         for name, places in layouts.items():
             source = ROOT / "workflows" / "api" / f"{name}.json"
             api = json.loads(source.read_text(encoding="utf-8"))

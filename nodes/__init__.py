@@ -16,6 +16,7 @@ from .demo import PerfusionDemoImages, PerfusionDemoModel
 from .edit_assumption import PerfusionEditAssumption
 from .erase_concepts import PerfusionEraseConcepts
 from .masks import PerfusionAutoMask
+from .photos import PerfusionLoadPhotos
 from .preserve import PerfusionPreserve
 from .save_edit import PerfusionSaveEdit
 from .schedule import PerfusionScheduleGate
@@ -30,6 +31,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PerfusionScheduleGate,
     PerfusionSaveConcept,
     PerfusionConceptInfo,
+    PerfusionLoadPhotos,
     PerfusionTrainConcept,
     PerfusionTrainingOptions,
     PerfusionTrainingRuns,

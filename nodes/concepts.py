@@ -21,6 +21,7 @@ from ..host.injection.key_locks import DEFAULT_KEY_LOCK, KEY_LOCKS, KeyLock
 from ..host.pictures.thumbnails import thumbnail_of, thumbnail_url
 from ..perfusion.concept.concept import Concept
 from ..perfusion.concept.metadata import describe, with_thumbnail
+from .common_inputs import clip_input
 from .kinds import ConceptKind
 
 CATEGORY = "perfusion"
@@ -141,7 +142,7 @@ class PerfusionApplyConcepts(io.ComfyNode):
             "prompt. Several of these nodes in a row add up.",
             inputs=[
                 io.Model.Input("model", tooltip="The model the concepts were trained for."),
-                io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
+                clip_input(),
                 io.Autogrow.Input(
                     "concepts",
                     template=concepts,

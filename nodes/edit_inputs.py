@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from .common_inputs import clip_input
 from .kinds import PreserveKind
 
 CATEGORY = "perfusion/editing"
@@ -18,7 +19,7 @@ def model_and_clip() -> list[io.Input]:
             tooltip="The model to edit; LoRA and edits on it count. SD1.x, SD2, SDXL, and Flux.1, "
             "Chroma, SD3, Qwen-Image, Z-Image, Lumina 2, HiDream, AuraFlow.",
         ),
-        io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
+        clip_input(),
     ]
 
 

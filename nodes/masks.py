@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..host.pictures.auto_mask import AutoMaskOptions, auto_mask
 from ..perfusion.masks.soft_masks import MaskOptions
+from .common_inputs import clip_input, superclass_input, vae_input
 
 DEFAULT = AutoMaskOptions()
 
@@ -29,18 +30,14 @@ class PerfusionAutoMask(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The model that will be trained with; it stays as it is."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                clip_input(),
+                vae_input(),
                 io.Image.Input(
                     "images",
                     tooltip="Pictures of the thing, best with nothing like it beside it. Pictures "
                     "of different sizes come as a list.",
                 ),
-                io.String.Input(
-                    "superclass",
-                    default="cat",
-                    tooltip="The everyday word for this kind of thing, such as cat or coffee mug.",
-                ),
+                superclass_input(),
                 io.Float.Input(
                     "threshold",
                     default=DEFAULT.masks.threshold,

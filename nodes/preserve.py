@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..host.closed_form.edits import preserve_prompts
 from ..perfusion.gated.covariance import Covariance
 from ..perfusion.text.lines import lines_of
+from .common_inputs import clip_input
 from .edit_inputs import CATEGORY, LARGEST_RIDGE
 from .kinds import CovarianceKind, PreserveKind
 
@@ -22,7 +23,7 @@ class PerfusionPreserve(io.ComfyNode):
             category=CATEGORY,
             description="Prompts and statistics that an editing node shall leave as they are.",
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
+                clip_input(),
                 io.String.Input(
                     "prompts",
                     default="",

@@ -16,6 +16,7 @@ from ..host.training.train import Material, covariance_with_progress, train
 from ..perfusion.gated.covariance import Covariance, Positions
 from ..perfusion.text.prompts import captions_for
 from ..perfusion.training.config import Mode, TrainingConfig
+from .common_inputs import clip_input, superclass_input, vae_input
 from .kinds import ConceptKind, CovarianceKind, LossMapKind, TrainingOptionsKind
 from .lists import first_or_none, only
 
@@ -41,18 +42,14 @@ class PerfusionTrainConcept(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to learn with; it stays as it is."),
-                io.Clip.Input("clip", tooltip="The text encoder loaded together with the model."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                clip_input(),
+                vae_input(),
                 io.Image.Input(
                     "images",
                     tooltip="4 to 6 pictures of the thing in different places: a batch, or a list "
                     "of pictures of any sizes.",
                 ),
-                io.String.Input(
-                    "superclass",
-                    default="cat",
-                    tooltip="The everyday word for this kind of thing, such as cat or coffee mug.",
-                ),
+                superclass_input(),
                 io.String.Input(
                     "placeholder",
                     default="<thing>",
@@ -110,7 +107,8 @@ class PerfusionTrainConcept(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="White where the thing is in each picture; the rest is not learned. "
-                    "One for each picture, or one for all.",
+                    "One for each picture, or one for all. Load Image's MASK is white around the "
+                    "thing: put Invert Mask between.",
                 ),
                 TrainingOptionsKind.Input(
                     "options",
@@ -260,7 +258,7 @@ class PerfusionCovariance(io.ComfyNode):
                 io.Combo.Input(
                     "positions",
                     options=["words", "all"],
-                    default="words",
+                    default="all",
                     optional=True,
                     tooltip="Which tokens count. words: words and the end token. all: the start "
                     "token and the padding too.",
@@ -284,7 +282,7 @@ class PerfusionCovariance(io.ComfyNode):
         captions: str,
         captions_file: str = "",
         count: int = COUNT,
-        positions: Positions = "words",
+        positions: Positions = "all",
     ) -> io.NodeOutput:
         """PERFUSION_COVARIANCE, STRING; the report as text on the node."""
         if captions.strip():

@@ -39,6 +39,7 @@ from .hints import prompt_hints, schedule_hints
 from .key_locks import KeyLock
 from .shared_inputs import SharedInputs, followed
 from .twin_inputs import TwinInputs
+from .two_models import SecondClone, calls_of_another, detach_watch, is_of
 
 KEY = "perfusion"
 
@@ -182,6 +183,11 @@ class InjectedModel:
             if isinstance(group, TwinInputs):
                 group.stand_by(progress)
 
+    def rest(self) -> None:
+        """Before a call for another clone of the model, in which nothing acts."""
+        for group in self._groups.values():
+            group.act(set())
+
     def forget(self) -> None:
         """Drop the tensors of the last call."""
         for group in self._groups.values():
@@ -217,6 +223,9 @@ class ConceptInjection:
         self._live: dict[int, InjectedModel] = {}
         self._acted: set[int] = set()
         self._level: tuple[weakref.ref[Tensor], float] | None = None
+        self._not_ours: frozenset[Any] = frozenset()
+        words = ", ".join(concept.placeholder for concept in agenda.concepts)
+        self.second_clone = SecondClone(words)
 
     def inject(self, patcher: ModelPatcher) -> None:
         """Put the edit into the patcher's model. May be called again without an eject."""
@@ -255,6 +264,9 @@ class ConceptInjection:
     ) -> Any:
         """Around each model call: everything ready before it, no tensor of it kept after it."""
         options = {} if transformer_options is None else transformer_options
+        if is_of(self._not_ours, options):
+            edit.rest()
+            return original(x, t, c_concat, c_crossattn, control, options, **kwargs)
         moment = self._moment(model, options.get("sigmas", t))
         twin_lock = self._key_lock == "twin"
         if twin_lock and not isinstance(c_crossattn, TwinEncoding):
@@ -288,7 +300,12 @@ class ConceptInjection:
         if hints:
             warn("\n".join(hints))
         self._acted = set() if self._agenda.scheduled else set(range(len(self.concepts)))
-        result = executor(*args, **kwargs)
+        self._not_ours = calls_of_another(executor.class_obj, KEY)
+        try:
+            with self.second_clone.first_now():
+                result = executor(*args, **kwargs)
+        finally:
+            self._not_ours = frozenset()
         hints += schedule_hints(self.concepts, self._acted)
         if len(self._acted) < len(self.concepts):
             warn("\n".join(hints))
@@ -322,6 +339,7 @@ def set_injection(patcher: ModelPatcher, injection: ConceptInjection | None) -> 
     patcher.remove_wrappers_with_key(_OUTER_SAMPLE, KEY)
     patcher.remove_wrappers_with_key(_SAMPLER_SAMPLE, KEY)
     patcher.remove_injections(KEY)
+    detach_watch(patcher, KEY)
     if injection is None:
         return
     patcher.set_injections(
@@ -330,3 +348,4 @@ def set_injection(patcher: ModelPatcher, injection: ConceptInjection | None) -> 
     )
     patcher.add_wrapper_with_key(_OUTER_SAMPLE, KEY, injection.wrap_outer_sample)
     patcher.add_wrapper_with_key(_SAMPLER_SAMPLE, KEY, injection.wrap_sampler)
+    injection.second_clone.watch(patcher, KEY)

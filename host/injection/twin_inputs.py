@@ -5,7 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...perfusion.gated.rank_one import Basis, similarities
-from ...perfusion.gated.twin_lock import named_tokens, open_twin_gates, twin_inputs
+from ...perfusion.gated.twin_lock import (
+    as_tokens_of,
+    named_tokens,
+    open_twin_gates,
+    twin_inputs,
+)
 from ..text.twin import TwinEncoding, untwined
 from .agenda import Acting, Agenda
 from .shared_inputs import SharedInputs, encodings_version
@@ -42,16 +47,17 @@ class TwinInputs(SharedInputs):
             return twin_inputs(twin, gates), gates
         if self._at_hand(encodings) and self.inputs is not None and self.gates is not None:
             return self.inputs, self.gates
-        if self._exact is None or encodings.shape[:-1] != self._exact.shape[:-1]:
+        exact = None if self._exact is None else as_tokens_of(encodings, self._exact)
+        if exact is None or encodings.shape[:-1] != exact.shape[:-1]:
             found = tuple(encodings.shape[:-1])
-            expected = None if self._exact is None else tuple(self._exact.shape[:-1])
+            expected = None if exact is None else tuple(exact.shape[:-1])
             raise RuntimeError(
                 "twin lock needs the tokens of the prompt as they were encoded, and another node "
                 "puts others in their place inside the model (an attn2_patch, as regional "
                 f"prompting packs use): expected prompts and tokens {expected}, found {found}; "
                 "leave that node out, or write its prompts with ComfyUI's own conditioning nodes"
             )
-        return twin_inputs(encodings, self._exact), self._exact
+        return twin_inputs(encodings, exact), exact
 
     def begin(self, encodings: Tensor, keys: Tensor, progress: float) -> None:
         """Make everything ready for one model call.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
@@ -16,13 +18,15 @@ def extra_conditions(
 ) -> dict[str, Tensor]:
     """Keyword arguments of a BaseModel's `apply_model` for latents (B, C, h, w).
 
-    `pooled` (B, P) or None is the pooled text, `size` the pictures' width and height in pixels;
-    SDXL wants both.
+    `pooled` (B, P) or None is the pooled text, or (B, N) says which tokens are words where that
+    is asked for; `size` the pictures' width and height in pixels. SDXL wants both.
     """
+    masked = "attention_mask" in inspect.signature(model.diffusion_model.forward).parameters
     conditions = model.extra_conds(
         noise=noisy,
         device=device,
-        pooled_output=pooled,
+        pooled_output=None if masked else pooled,
+        attention_mask=pooled if masked else None,
         prompt_type="positive",
         width=size[0],
         height=size[1],

@@ -14,10 +14,22 @@ from comfy.model_base import BaseModel
 from comfy.sd import CLIP
 from comfy.text_encoders.anima import AnimaTEModel
 from comfy.text_encoders.cosmos import CosmosT5XXL
+from comfy.text_encoders.genmo import MochiT5XXL
+from comfy.text_encoders.pixart_t5 import PixArtT5XXL
 from comfy.text_encoders.wan import WanT5Model
 from torch import nn
 
-from .networks import ANIMA, COSMOS_PREDICT2, UNET, WAN, CrossAttention, Network
+from .networks import (
+    ANIMA,
+    COSMOS_PREDICT2,
+    LTXV,
+    PIXART,
+    UNET,
+    WAN,
+    CrossAttention,
+    Network,
+    why_not,
+)
 from .text_entries import entry_of
 from .unsupported import UnsupportedModelError, describe_model, no_concepts, unprompted
 
@@ -112,6 +124,26 @@ FAMILIES: list[Family] = [
         network=WAN,
         clips=(WanT5Model,),
     ),
+    Family(
+        *("pixart_alpha", "PixArt-Alpha", {"t5xxl": 4096}, 4096),
+        side=128,
+        network=PIXART,
+        clips=(PixArtT5XXL,),
+        tells=lambda model: bool(model.diffusion_model.micro_conditioning),
+    ),
+    Family(
+        *("pixart_sigma", "PixArt-Sigma", {"t5xxl": 4096}, 4096),
+        side=128,
+        network=PIXART,
+        clips=(PixArtT5XXL,),
+        tells=lambda model: not model.diffusion_model.micro_conditioning,
+    ),
+    Family(
+        *("ltxv", "LTX-Video", {"t5xxl": 4096}, 4096),
+        side=20,
+        network=LTXV,
+        clips=(MochiT5XXL,),
+    ),
 ]
 
 
@@ -167,7 +199,7 @@ def network_of(model: BaseModel) -> Network:
     rows = (family.network for family in FAMILIES)
     found = next((row for row in rows if row.fits(network)), None)
     if found is None:
-        raise _refused(model)
+        raise _refused(model, why_not(network) or None)
     return found
 
 

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from comfy.ldm.anima.model import Anima
+from comfy.ldm.cosmos.model import GeneralDIT
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT
+from comfy.ldm.hydit.models import HunYuanDiT
+from comfy.ldm.kandinsky5.model import Kandinsky5
+from comfy.ldm.lightricks.model import LTXBaseModel, LTXVModel
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.pixart.pixartms import PixArtMS
 from comfy.ldm.wan.model import WanModel
 from torch import nn
 
@@ -94,6 +99,9 @@ class Network:
             None where they read the encodings themselves.
         adapts: whether the model makes what is read out of the encodings by an adapter of its own,
             before it is called (`query_adapter`).
+        unless: names of attributes that make it another network where they are true.
+        unpadded: whether prompts are as long as they are, with no mask for padding.
+        countable: whether its code can be run without contents, to count memory.
         axes: of a latent, batch and channels included; 5 where time is one of them.
     """
 
@@ -103,11 +111,17 @@ class Network:
     subclasses: bool = False
     entry: str | None = None
     adapts: bool = False
+    unless: tuple[str, ...] = ()
+    unpadded: bool = False
+    countable: bool = True
     axes: int = 4
 
     def fits(self, network: Any) -> bool:
         """Whether this is such a network."""
-        return isinstance(network, self.kind) if self.subclasses else type(network) is self.kind
+        kind = type(network)
+        if not issubclass(kind, self.kind) or not (self.subclasses or kind is self.kind):
+            return False
+        return not any(getattr(network, name, False) for name in self.unless)
 
     def cross_attentions(self, network: nn.Module) -> Iterator[CrossAttention]:
         """Every cross-attention over the text, in module order."""
@@ -148,3 +162,31 @@ COSMOS_PREDICT2 = Network(MiniTrainDIT, r"blocks\.\d+\.cross_attn", ("k_proj", "
 ANIMA = Network(Anima, r"blocks\.\d+\.cross_attn", ("k_proj", "v_proj"), adapts=True, axes=5)
 # Pictures have projections of their own there, `k_img` and `v_img`.
 WAN = Network(WanModel, r"blocks\.\d+\.cross_attn", ("k", "v"), entry="text_embedding", axes=5)
+PIXART = Network(
+    *(PixArtMS, r"blocks\.\d+\.cross_attn", ("kv_linear",)),
+    entry="y_embedder.y_proj",
+    unpadded=True,
+    countable=False,
+)
+# Newer ones scale and shift what the projections read in every layer at every step.
+LTXV = Network(
+    *(LTXVModel, r"transformer_blocks\.\d+\.attn2", ("to_k", "to_v")),
+    entry="caption_projection",
+    unless=("cross_attention_adaln", "caption_proj_before_connector"),
+    axes=5,
+)
+
+
+def why_not(network: Any) -> str:
+    """Why a network with a text cross-attention is in no row, in a few words; "" when unknown."""
+    if isinstance(network, LTXBaseModel):
+        return "it scales and shifts what the keys and values read in every layer at every step"
+    if isinstance(network, HunYuanDiT):
+        return "it reads two encodings of different widths, and a concept's direction is in one"
+    if isinstance(network, Kandinsky5):
+        return "blocks that change at every step mix the text before the keys and values read it"
+    if isinstance(network, WanModel):
+        return "besides the text's cross-attention it reads more than Wan's own models do"
+    if isinstance(network, GeneralDIT):
+        return "nobody has taught Perfusion where this older Cosmos reads the text"
+    return ""

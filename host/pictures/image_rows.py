@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..interface.messages import warn
+
 logger = logging.getLogger("perfusion")
 
 # What rounding may do to weights that should lie in 0..1.
@@ -90,18 +92,24 @@ def _given(masks: list[Tensor], pictures: list[Tensor]) -> list[Tensor] | None:
 
 def _warn_of_transparency(weights: list[Tensor]) -> None:
     """Say which masks look like Load Image's: white where the picture is transparent."""
-    turned = [
-        str(at)
-        for at, mask in enumerate(weights)
-        if min(mask.shape) > 2 and bool((_edge(mask) >= 0.5).all()) and bool((mask < 0.5).any())
-    ]
+    turned = [str(at) for at, mask in enumerate(weights) if _is_around_something(mask)]
     if turned:
-        logger.warning(
-            "the mask of image %s covers all its edges and leaves out something within, as that "
-            "of Load Image does, which is white where a picture is transparent; if the thing is "
-            "what is left out, put Invert Mask between",
-            ", ".join(turned),
+        warn(
+            f"the mask of image {', '.join(turned)} covers its edges and leaves out something "
+            "within, as that of Load Image does, which is white where a picture is transparent; if "
+            "the thing is what is left out, put Invert Mask between"
         )
+
+
+def _is_around_something(mask: Tensor) -> bool:
+    """Whether a mask (H, W) has all edges and a hole, or most of the edges and not the middle."""
+    height, width = mask.shape
+    if min(height, width) <= 2:
+        return False
+    edge, hole = _edge(mask) >= 0.5, mask < 0.5
+    middle = hole[height // 3 : height - height // 3, width // 3 : width - width // 3]
+    closed = bool(edge.all()) and bool(hole.any())
+    return closed or (float(edge.float().mean()) > 0.7 and float(middle.float().mean()) > 0.5)
 
 
 def _edge(mask: Tensor) -> Tensor:

@@ -111,14 +111,18 @@ class TextEncoders:
         table: Tensor = self._own_adapter().module.embed.weight
         return float(table.detach().float().square().mean().sqrt())
 
-    def encode(self, batch: Sequence[Mapping[str, Tokens]]) -> TextBatch:
+    def encode(self, batch: Sequence[Mapping[str, Tokens]], room: int = 0) -> TextBatch:
         """Encode sections of tokens; differentiable with respect to vectors among them.
 
         Encoders are concatenated as ComfyUI's models do: l before g, cut to the shorter one; the
         pooled output is that of the last encoder.
+
+        Args:
+            batch: the prompts.
+            room: tokens up to which prompts of their own lengths are filled with zeros.
         """
         if not self.sectioned:
-            return self._one_by_one(batch)
+            return self._one_by_one(batch, room)
         encodings, pooled = [], None
         for name, model in self._models.items():
             out = model.encode([list(tokens[name]) for tokens in batch])
@@ -128,7 +132,7 @@ class TextEncoders:
         joined = torch.cat([encoding[:, :shortest] for encoding in encodings], dim=-1)
         return TextBatch(joined, pooled)
 
-    def _one_by_one(self, batch: Sequence[Mapping[str, Tokens]]) -> TextBatch:
+    def _one_by_one(self, batch: Sequence[Mapping[str, Tokens]], room: int) -> TextBatch:
         """As the text model itself encodes prompts, with all that it does besides."""
         model: Any = self.clip.cond_stage_model
         queries = self.family.queries
@@ -140,8 +144,10 @@ class TextEncoders:
             if queries:
                 rows = query_rows(pairs, queries)
                 encodings = self._own_adapter().prompt(encodings, made[2], rows)
-            found.append(encodings)
-            pooled.append(extra)
+            missing = max(0, room - encodings.shape[1])
+            found.append(torch.nn.functional.pad(encodings, (0, 0, 0, missing)))
+            # Where a model looks at the words alone, it is told which tokens they are.
+            pooled.append(made[2].get("attention_mask") if len(made) > 2 else extra)
         lengths = sorted({encodings.shape[1] for encodings in found})
         if len(lengths) > 1:
             raise ValueError(

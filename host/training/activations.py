@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,14 +92,28 @@ def kept_by_transformer(
         if isinstance(block, BLOCKS):
             block.forward = functools.partial(count.within, block.forward, object())
     empty = functools.partial(torch.empty, device=META, dtype=dtype)
+    masked = "attention_mask" in inspect.signature(made.forward).parameters
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count.keep, lambda x: x):
         made(
             empty(*latent),
             torch.empty(latent[0], device=META),
             context=empty(latent[0], *text, requires_grad=True),
             transformer_options={"optimized_attention_override": _attention},
+            **({"attention_mask": None} if masked else {}),
         )
     return count.result()
+
+
+# Of a transformer's block, in numbers a token and channel: what enters the norms and the residual
+# sums, queries, keys and values, the attention's output, and the hidden layer, 4 wide, twice.
+_OF_A_BLOCK = 20
+
+
+def kept_by_blocks(blocks: int, rows: int, tokens: int, width: int, dtype: torch.dtype) -> Kept:
+    """What a transformer keeps, calculated: for those whose code needs contents to run."""
+    tensor = rows * tokens * width * dtype.itemsize
+    block = _OF_A_BLOCK * tensor
+    return Kept(blocks * block, blocks * tensor, block, 4 * tensor)
 
 
 class _Count:

@@ -11,13 +11,18 @@ import torch
 import torch.utils.checkpoint
 from comfy.clip_model import CLIPLayer
 from comfy.ldm.cosmos.predict2 import Block as CosmosBlock
+from comfy.ldm.lightricks.model import BasicTransformerBlock as LtxvBlock
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.pixart.pixartms import PixArtMSBlock
 from comfy.ldm.wan.model import WanAttentionBlock
 
 from ..models.families import UnsupportedModelError
 
-BLOCKS = BasicTransformerBlock, ResBlock, CLIPLayer, CosmosBlock, WanAttentionBlock
+BLOCKS = (
+    *(BasicTransformerBlock, ResBlock, CLIPLayer),
+    *(CosmosBlock, WanAttentionBlock, PixArtMSBlock, LtxvBlock),
+)
 """Found by structure: the parts of UNets and text encoders that keep most, and little go in."""
 
 Remember = Callable[[], AbstractContextManager[None]]

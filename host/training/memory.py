@@ -12,7 +12,8 @@ from comfy.sd import CLIP
 from ..models.families import encoder_models, family_of
 from ..models.loaded import Models, pixels_per_latent
 from ..models.networks import UNET
-from .activations import kept_by_transformer, kept_by_unet
+from .activations import kept_by_blocks, kept_by_transformer, kept_by_unet
+from .checkpointing import BLOCKS
 from .private_copy import stored_plainly
 
 _GIGABYTE = 1e9
@@ -99,14 +100,18 @@ def estimate_memory(
         frames = [1] * (family.network.axes - 4)
         # More channels are pictures to begin with, which are small beside everything else.
         shape = (rows, int(config.get("in_dim", channels)), *frames, *latent)
-        kept = kept_by_transformer(unet, config, shape, (_LONG_TEXT, family.width), dtype)
+        if family.network.countable:
+            kept = kept_by_transformer(unet, config, shape, (_LONG_TEXT, family.width), dtype)
+        else:
+            tokens = latent[0] * latent[1] // unet.patch_size**2
+            kept = kept_by_blocks(len(unet.blocks), rows, tokens, unet.hidden_size, dtype)
     numbers = sum(weight.numel() for weight in unet.parameters())
     weights = numbers * dtype.itemsize
     activations = kept.checkpointed + kept.block if checkpointing else kept.everything
     if not stored_plainly(unet):
         weights = comfy.model_management.module_size(unet)
         # Cast where they are used, and kept so; with checkpointing only those of one block.
-        parts = unet.input_blocks if family.network is UNET else unet.blocks
+        parts = unet.input_blocks if family.network is UNET else _blocks_of(unet)
         largest = max(sum(w.numel() for w in part.parameters()) for part in parts)
         activations += dtype.itemsize * (largest if checkpointing else numbers)
     activations += _GRADIENTS * kept.tensor
@@ -122,6 +127,10 @@ def estimate_memory(
         free=free_memory(model.load_device),
         device=str(model.load_device),
     )
+
+
+def _blocks_of(network: torch.nn.Module) -> list[torch.nn.Module]:
+    return [block for block in network.modules() if isinstance(block, BLOCKS)]
 
 
 def free_memory(device: torch.device) -> int:

@@ -75,7 +75,7 @@ class Trained:
 def covariance_with_progress(
     clip: CLIP,
     source: CaptionSource,
-    positions: Positions = "words",
+    positions: Positions = "all",
     model: ModelPatcher | None = None,
 ) -> Covariance:
     """`covariance_of` with a progress bar, interruptible after every batch."""
@@ -120,7 +120,8 @@ def train(
             f"training stopped after {result.steps} good steps: {result.error}; check the images "
             f"and the model's precision, or lower the learning rates; {session.saved}"
         )
-    concept, lines = session.sign(result.concept), _lines_about(learned, task.memory, task.pictures.lines)
+    concept = session.sign(result.concept)
+    lines = _lines_about(learned, task.memory, task.pictures.lines)
     if clip_vision is not None and learned.plain is not None:
         selection = score_checkpoints(
             *(clip_vision, models.clip, learned.checkpoints, material.images),
@@ -237,9 +238,7 @@ def _learn(models: Models, task: _Task, choose: bool) -> _Learned:
     return _Learned(session, result, found, plain)
 
 
-def _lines_about(
-    learned: _Learned, memory: MemoryEstimate, pictures: Sequence[str]
-) -> list[str]:
+def _lines_about(learned: _Learned, memory: MemoryEstimate, pictures: Sequence[str]) -> list[str]:
     """What there is to say of a run that finished."""
     session, result = learned.session, learned.result
     begun = f" (continued from step {session.began_at})" if session.began_at else ""

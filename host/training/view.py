@@ -29,6 +29,7 @@ from ..pictures.training_images import TrainingImages
 from ..text.placeholders import PlaceholderError, is_existing_word
 from .checkpointing import checkpoint_blocks
 from .differentiable import make_differentiable
+from .lengths import rows_by_length
 from .private_copy import (
     Precision,
     compute_in,
@@ -165,9 +166,9 @@ class TrainingView:
         """Encode prompts that each contain the superclass, the mask on all its sub-words."""
         return self.text.encode_superclass(prompts)
 
-    def twin_embeddings(self) -> dict[str, Tensor]:
-        """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
-        return self.text.twin_embeddings()
+    def random_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> the random vector (dim,) that names the concept."""
+        return self.text.random_embeddings()
 
     def encode_twins(
         self, prompts: Sequence[str], embeddings: Mapping[str, Tensor]
@@ -205,16 +206,32 @@ class TrainingView:
         size = self._sizes[int(batch.indices[0])]
         # To a model of videos a picture is one of a single frame.
         frames = noisy[:, :, None] if self._network.axes == 5 else noisy
-        with self._current.holding(edit):
-            denoised = self._model.apply_model(
-                frames,
-                sigma,
-                c_crossattn=encoded.encodings,
-                transformer_options={"optimized_attention_override": _attention},
-                **extra_conditions(self._model, frames, self._device, encoded.extra, size),
-            )
-        denoised = denoised.reshape(clean.shape)
+        if self._network.unpadded:
+            denoised = torch.empty_like(clean)
+            for rows, text, part in rows_by_length(encoded, edit):
+                at = rows.to(self._device)
+                found = self._denoised(frames[at], sigma[at], text, part, size)
+                denoised = denoised.index_copy(0, at, found)
+        else:
+            denoised = self._denoised(frames, sigma, encoded, edit, size).reshape(clean.shape)
         return (denoised - clean).square() * loss_weight(sampling, sigma)
+
+    def _denoised(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Conditioning,
+        edit: Projections | None,
+        size: tuple[int, int],
+    ) -> Tensor:
+        with self._current.holding(edit):
+            return self._model.apply_model(
+                noisy,
+                sigma,
+                c_crossattn=text.encodings,
+                transformer_options={"optimized_attention_override": _attention},
+                **extra_conditions(self._model, noisy, self._device, text.extra, size),
+            )
 
     def masks(self, batch: Batch) -> Tensor | None:
         """Weights (B, 1, h, w) of the pixels of these images, or None for no masks."""

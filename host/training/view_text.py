@@ -18,6 +18,9 @@ from ..text.twin_vectors import SuperclassWords, served_rows, superclass_words, 
 from .checkpointing import checkpoint_blocks
 from .private_copy import unload
 
+ROOM = 256
+"""Tokens of a training prompt, where prompts are as long as they are."""
+
 
 class TrainingText:
     """The text half of a `Denoiser`.
@@ -114,8 +117,8 @@ class TrainingText:
             batch.append(section)
         return self._encode(batch, masks)
 
-    def twin_embeddings(self) -> dict[str, Tensor]:
-        """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
+    def random_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> the random vector (dim,) that names the concept."""
         words = superclass_words(self.clip, self._superclass)
         likes = {name: each.rows[-1] for name, each in words.items()}
         for name in self._text.family.queries:
@@ -154,7 +157,7 @@ class TrainingText:
     def _encode(self, batch: list[dict[str, Tokens]], masks: list[list[bool]]) -> Conditioning:
         longest = max(len(row) for row in masks)
         mask = torch.tensor([row + [False] * (longest - len(row)) for row in masks])
-        found = self._text.encode(batch)
+        found = self._text.encode(batch, ROOM if self._text.family.network.unpadded else 0)
         # What the projections will read at inference is what the gate must be trained on.
         encodings = found.encodings.to(self._device, self._dtype)
         return Conditioning(encodings, as_long_as(mask, encodings), found.pooled)

@@ -60,10 +60,12 @@ class TwinProjections:
         """
         if part == "k":
             return linear(read)
-        return self._with_values(linear(twin_inputs(read, self.gates)), layer)
+        gates = as_tokens_of(read, self.gates)
+        return self._with_values(linear(twin_inputs(read, gates)), layer)
 
     def _with_values(self, hidden: Tensor, layer: str) -> Tensor:
-        return hidden + self.gates.to(hidden.dtype) @ self.values[layer].to(hidden)
+        gates = as_tokens_of(hidden, self.gates).to(hidden.dtype)
+        return hidden + gates @ self.values[layer].to(hidden)
 
 
 def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] | Basis) -> Tensor:
@@ -88,6 +90,13 @@ def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] 
     basis = directions if isinstance(directions, Basis) else combine(directions)
     similarity = similarities(encodings, basis)
     return open_twin_gates(similarity, named_tokens(encodings, twin), basis)
+
+
+def as_tokens_of(read: Tensor, gates: Tensor) -> Tensor:
+    """Gates (B, N, k) for the same tokens in one row, where a model reads (1, B N, D) of them."""
+    if read.shape[0] == 1 and read.shape[1] == gates.shape[0] * gates.shape[1]:
+        return gates.flatten(0, 1)[None]
+    return gates
 
 
 def named_tokens(encodings: Tensor, twin: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .losses import Normalisation
 Mode = Literal["twin_lock", "perfusion", "textual_inversion", "trained_keys"]
 RateSchedule = Literal["constant", "cosine"]
 RateUnit = Literal["relative", "absolute"]
+VectorStart = Literal["random", "superclass"]
 
 DEFAULT_MODE: Mode = "perfusion"
 """What is trained where nobody says."""
@@ -83,6 +84,9 @@ class TrainingConfig(TrainingSettings):
         learning_rate: of the outputs.
         embedding_learning_rate: of the token vectors, where they are learned.
         seed: decides all that is random, 0 to 2^64 - 1.
+        vector_start: where a vector that is learned beside outputs starts: "random" at a fixed
+            random one of the superclass's norm, which leaves the everyday word alone (method
+            section 3); "superclass" as in the paper.
         mode: "twin_lock" (values only; the prompt reads as its superclass), "perfusion" (the
             paper's, with the local key lock), "trained_keys" (the paper's ablation) or
             "textual_inversion" (token vectors only, no edit; its concept has strength 0).
@@ -100,6 +104,7 @@ class TrainingConfig(TrainingSettings):
     embedding_learning_rate: float = 0.09
     seed: int = 0
     mode: Mode = DEFAULT_MODE
+    vector_start: VectorStart = "random"
     captions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -121,12 +126,17 @@ class TrainingConfig(TrainingSettings):
                 raise ValueError(f"{name}: expected a finite number above 0, found {value}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected 0 to 2^64 - 1, found {self.seed}")
-        check_choices(self, mode=Mode)
+        check_choices(self, mode=Mode, vector_start=VectorStart)
 
     @property
     def edits(self) -> bool:
         """Whether projections are edited, not the placeholder's vector alone learned."""
         return self.mode != "textual_inversion"
+
+    @property
+    def learns_vector_and_outputs(self) -> bool:
+        """Whether a vector is learned beside outputs, as in the paper."""
+        return self.mode in ("perfusion", "trained_keys")
 
     def with_settings(self, settings: TrainingSettings) -> TrainingConfig:
         """The same run with other settings; those of a class derived from them do, too."""
@@ -139,7 +149,7 @@ class TrainingConfig(TrainingSettings):
         The last ones only where they differ from what is usual: a file of 32 kB has no room for
         more.
         """
-        usual = {name: getattr(TrainingConfig, name) for name in _SELDOM} | _UNSAID
+        usual = {name: getattr(TrainingConfig, name) for name in _SELDOM} | self._unsaid()
         kept = [name for name, value in usual.items() if getattr(self, name) != value]
         return {name: getattr(self, name) for name in (*_RECORDED, *kept)}
 
@@ -150,8 +160,13 @@ class TrainingConfig(TrainingSettings):
         longer.
         """
         left_out = {*CADENCE} if self.schedule == "cosine" else {*CADENCE, "steps"}
-        left_out |= {name for name, value in _UNSAID.items() if getattr(self, name) == value}
+        left_out |= {name for name, value in self._unsaid().items() if getattr(self, name) == value}
         return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def _unsaid(self) -> dict[str, object]:
+        """What a run did that says nothing of it: one of before there was a choice."""
+        start = "superclass" if self.learns_vector_and_outputs else self.vector_start
+        return {"rate_unit": "absolute", "vector_start": start}
 
 
 def check_choices(settings: object, **kinds: object) -> None:
@@ -168,5 +183,3 @@ _RECORDED = (
     *("seed", "mode", "schedule"),
 )
 _SELDOM = ("templates", "captions", "normalisation")
-# What a run did that says nothing of it: one of before there was a choice.
-_UNSAID = {"rate_unit": "absolute"}

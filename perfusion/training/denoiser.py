@@ -145,8 +145,11 @@ class Denoiser(Protocol):
         """
         ...
 
-    def twin_embeddings(self) -> dict[str, Tensor]:
-        """Text encoder -> the fixed vector (dim,) of the placeholder under twin lock."""
+    def random_embeddings(self) -> dict[str, Tensor]:
+        """Text encoder -> a random vector (dim,) that names the concept.
+
+        It has the superclass's norm and is the same for every run of one placeholder.
+        """
         ...
 
     def encode_twins(

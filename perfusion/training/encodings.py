@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,14 +20,28 @@ def training_prompts(config: TrainingConfig, word: str) -> tuple[str, ...]:
 
 def superclass_encoding(denoiser: Denoiser, config: TrainingConfig) -> Tensor:
     """Mean over the prompts of the superclass's last sub-word, (D,) fp32."""
+    return _mean_encoding(denoiser.encode_superclass, config, config.superclass)
+
+
+def placeholder_encoding(
+    denoiser: Denoiser, config: TrainingConfig, embeddings: Mapping[str, Tensor]
+) -> Tensor:
+    """Mean over the prompts of the placeholder with these vectors, (D,) fp32."""
+    return _mean_encoding(
+        lambda prompts: denoiser.encode(prompts, embeddings), config, config.placeholder
+    )
+
+
+def _mean_encoding(
+    encode: Callable[[Sequence[str]], Conditioning], config: TrainingConfig, word: str
+) -> Tensor:
     tokens = []
-    prompts = training_prompts(config, config.superclass)
+    prompts = training_prompts(config, word)
     with torch.no_grad():
         for start in range(0, len(prompts), config.batch_size):
             some = prompts[start : start + config.batch_size]
-            encoded = denoiser.encode_superclass(some)
-            tokens.append(last_marked(encoded, some, config.superclass))
-    return finite_encoding(torch.cat(tokens).float().mean(0), config.superclass)
+            tokens.append(last_marked(encode(some), some, word))
+    return finite_encoding(torch.cat(tokens).float().mean(0), word)
 
 
 def finite_encoding(encoding: Tensor, word: str) -> Tensor:

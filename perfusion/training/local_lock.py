@@ -1,5 +1,9 @@
 """Training as the paper does it: the placeholder's vector is learned, and i follows its encoding.
 
+Where the vector starts is ours (`TrainingConfig.vector_start`): i, which starts as the mean of its
+first encodings, hardly leaves the place where it starts in a few hundred steps. Beginning at the
+superclass, the everyday word would open the concept's gate as wide as the placeholder does.
+
 Keys are locked at the concept's own token (or learned, the paper's ablation); textual inversion is
 the same without an edit.
 """
@@ -17,7 +21,7 @@ from ..gated.key_lock import locked_outputs
 from ..gated.rank_one import Basis, Direction, GatedProjections, combine, gated_inputs
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser
-from .encodings import last_marked, superclass_encoding
+from .encodings import last_marked, placeholder_encoding, superclass_encoding
 from .lock import TrainingError, parameters
 
 
@@ -30,12 +34,15 @@ class LocalLock:
         self._covariance = covariance
         encoding = superclass_encoding(denoiser, config)
         self.superclass_encoding = encoding
-        self.i = encoding.to("cpu", torch.float64)
+        apart = config.learns_vector_and_outputs and config.vector_start == "random"
+        vectors = denoiser.random_embeddings() if apart else denoiser.initial_embeddings()
+        self.embeddings = parameters(vectors, True)
+        first = placeholder_encoding(denoiser, config, self.embeddings) if apart else encoding
+        self.i = first.to("cpu", torch.float64)
         covariance.dual(self.i)  # a covariance of another width is an error before any work
         layers = denoiser.layers
         keys = locked_outputs(lambda layer, e: denoiser.project(layer, "k", e), layers, encoding)
         values = locked_outputs(lambda layer, e: denoiser.project(layer, "v", e), layers, encoding)
-        self.embeddings = parameters(denoiser.initial_embeddings(), True)
         self.values = parameters(values, config.edits)
         self.keys = parameters(keys, config.mode == "trained_keys")
 

@@ -30,7 +30,7 @@ class TwinLock:
     def __init__(self, denoiser: Denoiser, config: TrainingConfig, covariance: Covariance) -> None:
         self._config = config
         self._covariance = covariance
-        self.embeddings = parameters(denoiser.twin_embeddings(), False)
+        self.embeddings = parameters(denoiser.random_embeddings(), False)
         prompts = tuple(dict.fromkeys(training_prompts(config, config.placeholder)))
         self._row = {prompt: row for row, prompt in enumerate(prompts)}
         named, twin = _encoded(denoiser, prompts, self.embeddings, config.batch_size)

@@ -74,6 +74,10 @@ def empty(page: Page) -> None:
     page.evaluate("() => window.app.graph.clear()")
 
 
+TOGGLE_MODEL_LIBRARY = """() => window.app.extensionManager.command.execute(
+    'Workspace.ToggleSidebarTab.model-library')"""
+
+
 def test_the_menu_lists_concepts_and_checkpoints_only_when_asked(page: Page) -> None:
     node = page.evaluate(ADD, "PerfusionLoadConcept")
     menu = page.evaluate(MENU, node)
@@ -118,6 +122,16 @@ def test_a_dropped_concept_file_is_kept_and_gets_a_loader(page: Page, comfy_serv
     assert page.evaluate(LOADED) == ["from_a_friend.safetensors"]
     kept = comfy_server.base / "models" / "perfusion" / "from_a_friend.safetensors"
     assert kept.read_bytes() == SHIPPED.read_bytes()
+
+
+def test_a_click_in_the_model_library_adds_a_loader_for_the_concept(page: Page) -> None:
+    page.evaluate(TOGGLE_MODEL_LIBRARY)
+    library = page.locator(".side-bar-panel")
+    library.get_by_text("perfusion", exact=True).click()
+    library.get_by_text("bo", exact=True).click()
+    page.wait_for_function(f"({LOADED})().length === 1", timeout=15_000)
+    assert page.evaluate(LOADED) == ["bo.safetensors"]
+    page.evaluate(TOGGLE_MODEL_LIBRARY)
 
 
 def test_a_dropped_file_that_is_damaged_is_refused_in_words(

@@ -19,7 +19,7 @@ import sentencepiece
 import torch
 from comfy import model_base, model_patcher, sd
 from comfy.ldm.anima.model import LLMAdapter
-from comfy.text_encoders import anima, cosmos, wan
+from comfy.text_encoders import anima, cosmos, lt, pixart_t5, wan
 from comfyui_perfusion.host.models.families import FAMILIES, Family, family_named
 
 from tests.host.closed_form.joint_models import (
@@ -103,6 +103,14 @@ def _wan_clip() -> sd.CLIP:
     return build_clip(wan.WanT5Tokenizer, wan.te(), {"umt5xxl": config}, data)
 
 
+def _pixart_clip() -> sd.CLIP:
+    return build_clip(pixart_t5.PixArtTokenizer, pixart_t5.pixart_te(), {"t5xxl": T5})
+
+
+def _ltxv_clip() -> sd.CLIP:
+    return build_clip(lt.LTXVT5Tokenizer, lt.ltxv_te(), {"t5xxl": T5})
+
+
 COSMOS = {
     "image_model": "cosmos_predict2",
     "max_img_h": 240,
@@ -155,6 +163,33 @@ WAN = {
 }
 SMALL_WAN = {"dim": 64, "num_heads": 2, "ffn_dim": 96, "num_layers": 2, "text_dim": WIDTH}
 
+PIXART = {
+    "image_model": "pixart_sigma",
+    "micro_condition": False,
+    "input_size": 128,
+    "pe_interpolation": 2,
+    "num_heads": 16,
+    "hidden_size": 1152,
+    "depth": 28,
+    "caption_channels": 4096,
+    "model_max_length": 300,
+}
+SMALL_PIXART = {"num_heads": 2, "hidden_size": 96, "depth": 2, "caption_channels": WIDTH}
+PIXART_ALPHA = {"image_model": "pixart_alpha", "micro_condition": True}
+LTXV = {
+    "image_model": "ltxv",
+    "num_layers": 28,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 2048,
+}
+SMALL_LTXV = {
+    "num_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 64,
+    "caption_channels": WIDTH,
+}
+
 CROSS: dict[str, Cross] = {
     "cosmos_predict2": Cross(
         supported.CosmosT2IPredict2,
@@ -182,9 +217,40 @@ CROSS: dict[str, Cross] = {
         (40, 5120),
         locks=("twin",),
     ),
+    "pixart_sigma": Cross(
+        supported.PixArtSigma,
+        {**PIXART, **SMALL_PIXART},
+        PIXART,
+        model_base.PixArt,
+        _pixart_clip,
+        (28, 1152),
+        (1, 4, 40, 40),
+        locks=("twin",),
+    ),
+    "pixart_alpha": Cross(
+        supported.PixArtAlpha,
+        {**PIXART, **SMALL_PIXART, **PIXART_ALPHA},
+        {**PIXART, **PIXART_ALPHA},
+        model_base.PixArt,
+        _pixart_clip,
+        (28, 1152),
+        (1, 4, 40, 40),
+        locks=("twin",),
+    ),
+    "ltxv": Cross(
+        supported.LTXV,
+        {**LTXV, **SMALL_LTXV},
+        LTXV,
+        model_base.LTXV,
+        _ltxv_clip,
+        (28, 2048),
+        (1, 128, 1, 8, 8),
+        locks=("twin",),
+    ),
 }
 
 
+META = torch.device("meta")
 REAL = tuple(FAMILIES)
 
 
@@ -223,7 +289,7 @@ def build_cross(name: str, seed: int = 0) -> model_patcher.ModelPatcher:
 
 def full_size(name: str) -> model_base.BaseModel:
     """The published model's structure, without contents."""
-    return base_of(name, CROSS[name].full, torch.device("meta"))
+    return base_of(name, CROSS[name].full, META)
 
 
 def base_of(name: str, unet: dict, device: torch.device) -> model_base.BaseModel:

@@ -42,7 +42,7 @@ ROOMS = {
         "files": (),
         "text": ("interface", "models"),
         "injection": ("interface", "models", "text"),
-        "pictures": ("models", "text", "injection"),
+        "pictures": ("interface", "models", "text", "injection"),
         "closed_form": ("files", "models", "text"),
         "training": ("files", "interface", "models", "text", "injection", "pictures"),
     },

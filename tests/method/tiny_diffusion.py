@@ -118,7 +118,7 @@ class TinyDenoiser:
         wanted = torch.tensor([WORDS.index(word) for word in self.superclass.split()])
         return Conditioning(self.text(self.text.tokens(ids)), torch.isin(ids, wanted))
 
-    def twin_embeddings(self) -> dict[str, Tensor]:
+    def random_embeddings(self) -> dict[str, Tensor]:
         last = self.text.tokens.weight[WORDS.index(self.superclass.split()[-1])]
         vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
         return {"l": vector * last.norm() / vector.norm()}

@@ -71,6 +71,7 @@ INPUTS = {
     "PerfusionSaveConcept": ["concept", "filename_prefix", "thumbnail"],
     "PerfusionConceptInfo": ["concept"],
     "PerfusionCovariance": ["clip", "captions", "captions_file", "count", "positions"],
+    "PerfusionLoadPhotos": ["folder", "longest_side"],
     "PerfusionDemoModel": [],
     "PerfusionDemoImages": ["subject", "count", "seed"],
 }
@@ -84,6 +85,7 @@ OUTPUTS = {
     "PerfusionSaveConcept": ["PERFUSION_CONCEPT"],
     "PerfusionConceptInfo": ["STRING", "IMAGE", "STRING"],
     "PerfusionCovariance": ["PERFUSION_COVARIANCE", "STRING"],
+    "PerfusionLoadPhotos": ["IMAGE", "STRING"],
     "PerfusionDemoModel": ["MODEL", "CLIP", "VAE"],
     "PerfusionDemoImages": ["IMAGE", "MASK"],
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import weakref
 
 import comfy.model_management
@@ -11,13 +10,11 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_sampling import ModelSamplingDiscrete
-from comfy_extras.nodes_custom_sampler import DualModelGuider
 from comfyui_perfusion.host.injection.agenda import clock_of
 from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.host.text.twin import TwinEncoding, untwined, with_twin
 from comfyui_perfusion.host.training.private_copy import private_clip
-from comfyui_perfusion.nodes.schedule import PerfusionScheduleGate
 
 PROMPT = "a <a> on the beach"
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
@@ -26,66 +23,6 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 def assert_close(found, expected):
     scale = float(expected.abs().max())
     torch.testing.assert_close(found / scale, expected / scale, **CLOSE)
-
-
-def guided(model, other, positive, negative, steps=3):
-    guider = DualModelGuider.execute(model, positive, 2.0, other, negative).args[0]
-    sampling = model.model.model_sampling
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        return guider.sample(
-            noise, torch.zeros(1, 4, 8, 8), comfy.samplers.sampler_object("euler"), sigmas
-        )
-
-
-@pytest.mark.parametrize("plan", [None, (0.0, 0.5)])
-@pytest.mark.parametrize("concept_on", ["positive", "negative"])
-def test_two_models_under_one_guider_with_a_concept_on_one_of_them(worlds, plan, concept_on):
-    first, second = worlds.new_model("sd1_light", 0), worlds.new_model("sd1_light", 7)
-    concept = worlds.concept("sd1_light", 0, "<a>")
-    if plan is not None:
-        concept = PerfusionScheduleGate.execute(concept, *plan, 0.5, 0.5, 0.2, 0.2, "").args[0]
-    chosen = first if concept_on == "positive" else second
-    patched, clip = apply_concepts(chosen, worlds.clip("sd1"), [concept])
-    text, plain = worlds.encode(clip, PROMPT), worlds.encode(worlds.clip("sd1"), "a cat")
-    if concept_on == "positive":
-        models, conds = (patched, second), (text, plain)
-    else:
-        models, conds = (first, patched), (plain, text)
-    found = guided(*models, *conds)
-    # The same by guidance without a second model: each model alone, one step after the other.
-    assert_close(found, by_hand(*models, *conds))
-
-
-def by_hand(model, other, positive, negative, steps=3):
-    """Euler's method over each model's own predictions, sampled one step at a time."""
-    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", steps)
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    x = x * torch.sqrt(1.0 + sigmas[0] ** 2)
-
-    def predicted(patcher, cond, sigma):
-        guider = comfy.samplers.CFGGuider(patcher)
-        guider.inner_set_conds({"positive": cond})
-        guider.set_cfg(1.0)
-        # One step of Euler's method to 0 is the prediction.
-        start = x / sigma if float(sigma) != float(sigmas[0]) else x
-        seen = []
-
-        class Once(comfy.samplers.Sampler):
-            def sample(self, wrap, *args, **kwargs):
-                seen.append(wrap(x, sigma[None], **{"model_options": args[1]["model_options"]}))
-                return x
-
-        with torch.inference_mode():
-            guider.sample(start, torch.zeros_like(x), Once(), torch.stack([sigma, sigmas[-1]]))
-        return seen[0]
-
-    for now, then in itertools.pairwise(sigmas):
-        cond, uncond = predicted(model, positive, now), predicted(other, negative, now)
-        denoised = uncond + (cond - uncond) * 2.0
-        x = x + (x - denoised) / now * (then - now)
-    return model.model.process_latent_out(x.float())
 
 
 @pytest.mark.parametrize("key_lock", ["local", "global"])

@@ -8,13 +8,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sample
+import comfy.supported_models as supported
 import pytest
 import torch
+from comfy import model_base, model_patcher
+from comfy.ldm.hydit import models as hydit
+from comfy.ldm.kandinsky5 import model as kandinsky5
+from comfy.ldm.lightricks import av_model
+from comfy.ldm.wan import model as wan
 from comfyui_perfusion.host.injection.apply import apply_concepts
-from comfyui_perfusion.host.models.families import cross_attentions, family_of, family_of_clip
+from comfyui_perfusion.host.models.families import (
+    UnsupportedModelError,
+    cross_attentions,
+    family_of,
+    family_of_clip,
+)
 from comfyui_perfusion.host.models.networks import FusedPart
 from comfyui_perfusion.host.text.marked_words import takes_place_of
 from comfyui_perfusion.host.text.twin import untwined
@@ -23,10 +35,14 @@ from comfyui_perfusion.perfusion.gated.twin_lock import twin_gates, twin_inputs
 from torch.nn import functional
 
 from tests.host.cross_models import (
+    CPU,
     CROSS,
+    META,
+    base_of,
     build_cross,
     full_size,
     narrow_families,
+    randomise,
     real_families,
 )
 
@@ -82,6 +98,13 @@ def small(request, smalls):
     return smalls(request.param)
 
 
+def image_to_video():
+    """A small Wan that reads pictures as well, always the same."""
+    base = base_of("wan", {**CROSS["wan"].unet, "model_type": "i2v"}, CPU)
+    randomise(base.diffusion_model, 0)
+    return model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
 def rows_of(layer):
     """The weights and biases of a layer's keys and values."""
     found = []
@@ -117,9 +140,9 @@ def close_to(found, expected):
     torch.testing.assert_close(found / scale, expected / scale, **CLOSE)
 
 
-def oracle(small, concepts, pairs, acting=lambda layer, concept: True):
+def oracle(small, concepts, pairs, pure=None):
     """A model that reads twins, its values the pure function of a table of (e, t), (1, N, D)."""
-    pure = build_cross(small.name)
+    pure = pure or build_cross(small.name)
     entry = family_of(pure.model).network.entry
     network = pure.model.diffusion_model
 
@@ -134,14 +157,11 @@ def oracle(small, concepts, pairs, acting=lambda layer, concept: True):
         raise AssertionError("the model reads something else than a twin")
 
     def values(name, weight, bias, context):
-        chosen = [concept for concept in concepts if acting(name, concept)]
-        if not chosen:
-            return plain(name, weight, bias, context)
-        outputs = torch.stack([concept.o_v[name] for concept in chosen])
+        outputs = torch.stack([concept.o_v[name] for concept in concepts])
         found = []
         for row in context:
             prompt, twin = pair_of(row)
-            gates = twin_gates(prompt, twin, [concept.direction() for concept in chosen])[0]
+            gates = twin_gates(prompt, twin, [concept.direction() for concept in concepts])[0]
             found.append(functional.linear(twin_inputs(row, gates), weight, bias) + gates @ outputs)
         return torch.stack(found)
 
@@ -162,8 +182,11 @@ def test_the_published_model_is_detected_and_its_layers_are_found(name):
 
 
 def test_the_text_encoder_tells_its_family(small):
-    assert family_of(small.model.model).name == small.name
-    assert family_of_clip(small.clip).name == small.name
+    family = family_of(small.model.model)
+    assert family.name == small.name
+    assert family.owns(small.clip)
+    # PixArt-Alpha and -Sigma have the same.
+    assert family_of_clip(small.clip).network is family.network
 
 
 def test_the_prompt_reads_as_its_superclass_token_for_token(small, worlds):
@@ -276,6 +299,79 @@ def test_a_concept_file_names_its_family_and_is_refused_by_another(small, smalls
         worlds.encode(loaded[1], "a <a>")[0][0].as_subclass(torch.Tensor),
         worlds.encode(small.clip, "a mug")[0][0],
     )
+
+
+def test_tokens_of_pictures_keep_projections_of_their_own(smalls, worlds):
+    """Wan's models from pictures put those of CLIP vision in front of the text's."""
+    small = smalls("wan")
+    model, pure = (image_to_video() for _ in range(2))
+    patched, clip = apply_concepts(model, small.clip, small.concepts, "twin")
+    seen = SimpleNamespace(penultimate_hidden_states=torch.randn(1, 257, 1280))
+    both, stock = (
+        [
+            [
+                [cond, {**more, "clip_vision_output": seen}]
+                for cond, more in worlds.encode(words, text)
+            ]
+            for text in (prompt, "")
+        ]
+        for words, prompt in ((clip, PROMPT), (small.clip, READS_AS))
+    )
+    found = small.sample(patched, *both)
+    pairs = read_pairs(small, clip, (PROMPT, ""))
+    close_to(found, small.sample(oracle(small, small.concepts, pairs, pure), *stock))
+    for block in model.model.diffusion_model.blocks:
+        for module in (block.cross_attn.k_img, block.cross_attn.v_img):
+            assert "_perfusion_dispatcher" not in vars(module)
+
+
+def test_each_of_two_experts_carries_a_concept_of_its_own(smalls, worlds):
+    """Wan 2.2: two models that take turns, one prompt for both."""
+    small = smalls("wan")
+    experts = build_cross("wan", 0), build_cross("wan", 5)
+    first = small.concepts[0]
+    random = torch.Generator().manual_seed(9)
+    values = {name: torch.randn(row.shape, generator=random) for name, row in first.o_v.items()}
+    concepts = first, dataclasses.replace(first, o_v=values)
+    applied = [
+        apply_concepts(expert, small.clip, [concept], "twin")
+        for expert, concept in zip(experts, concepts, strict=True)
+    ]
+    # Either CLIP does.
+    prompts = [[worlds.encode(clip, text) for text in ("a <a>", "")] for _, clip in applied]
+    assert torch.equal(untwined(prompts[0][0][0][0])[0], untwined(prompts[1][0][0][0])[0])
+    stock = [worlds.encode(small.clip, text) for text in ("a mug", "")]
+    pairs = read_pairs(small, applied[0][1], ("a <a>", ""))
+    for seed, (patched, _), concept in zip((0, 5), applied, concepts, strict=True):
+        pure = oracle(small, [concept], pairs, build_cross("wan", seed))
+        close_to(small.sample(patched, *prompts[0]), small.sample(pure, *stock))
+
+
+NOT_YET = {
+    "Kandinsky5": (supported.Kandinsky5, model_base.Kandinsky5, kandinsky5.Kandinsky5),
+    "HunyuanDiT": (supported.HunyuanDiT, model_base.HunyuanDiT, hydit.HunYuanDiT),
+    "WAN21_Vace": (supported.WAN21_Vace, model_base.WAN21_Vace, wan.VaceWanModel),
+    "LTXAV": (supported.LTXAV, model_base.LTXAV, av_model.LTXAVModel),
+}
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_what_cannot_be_edited_is_refused_by_name_with_the_reason(name):
+    config, base, network = NOT_YET[name]
+    model = base(
+        config({"image_model": "", "disable_unet_model_creation": True}),
+        device=torch.device("meta"),
+    )
+    # The class alone tells.
+    model.diffusion_model = network.__new__(network)
+    with pytest.raises(UnsupportedModelError, match=f"{name}.* cannot take concepts: (it|blocks|besides) .*supported are"):
+        family_of(model)
+
+
+def test_layers_that_rescale_the_text_at_every_step_are_refused(smalls):
+    model = base_of("ltxv", {**CROSS["ltxv"].unet, "cross_attention_adaln": True}, META)
+    with pytest.raises(UnsupportedModelError, match=r"LTXV.*in every layer at every step"):
+        family_of(model)
 
 
 def test_a_clip_of_another_family_is_refused(small, worlds):

@@ -126,7 +126,9 @@ def test_a_prompt_that_names_no_concept_gives_the_base_models_picture_to_the_las
 @pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
 def test_with_steps_left_out_by_a_cache_it_is_still_the_base_models_picture(worlds, node):
     model, stock = worlds.model(FAMILY), worlds.clip("sd1")
-    patched, clip = apply_concepts(model, stock, [worlds.concept(FAMILY, 0, "<a>", bias=-5.0)], "twin")
+    patched, clip = apply_concepts(
+        model, stock, [worlds.concept(FAMILY, 0, "<a>", bias=-5.0)], "twin"
+    )
     found, cached, named, every = (
         worlds.sample(each, words, text, 8)
         for each, words, text in (

@@ -337,8 +337,18 @@ def test_a_mask_that_is_white_around_the_thing_is_doubted_and_the_right_way_roun
     encode_images(vae, [torch.rand(1, 64, 64, 3)], [torch.ones(1, 64, 64)])
     assert "Invert Mask" not in caplog.text
     encode_images(vae, [torch.rand(1, 64, 64, 3)], [1 - thing])
-    assert "the mask of image 0 covers all its edges" in caplog.text
+    assert "the mask of image 0 covers its edges" in caplog.text
     assert "Invert Mask" in caplog.text
+    caplog.clear()
+    # A thing that stands on the lower edge, and one that fills most of the picture.
+    standing = torch.zeros(1, 64, 64)
+    standing[:, 16:, 20:44] = 1
+    filling = torch.zeros(1, 64, 64)
+    filling[:, 4:, 2:] = 1
+    encode_images(vae, [torch.rand(2, 64, 64, 3)], [torch.cat([standing, filling])])
+    assert "Invert Mask" not in caplog.text
+    encode_images(vae, [torch.rand(2, 64, 64, 3)], [torch.cat([filling, 1 - standing])])
+    assert "the mask of image 1 covers its edges" in caplog.text
 
 
 def test_pictures_beyond_the_models_own_size_are_brought_to_it_and_others_stay(vae):
@@ -349,6 +359,19 @@ def test_pictures_beyond_the_models_own_size_are_brought_to_it_and_others_stay(v
     assert (across, down) == (192, 64)
     assert found.sizes[1:] == [(128, 128), (48, 40)]
     assert encode_images(vae, images).sizes[0] == (480, 160)
+
+
+def test_a_picture_far_below_the_models_size_is_named_with_what_helps(vae, caplog):
+    images = [torch.rand(1, 40, 48, 3), torch.rand(1, 70, 70, 3)]
+    found = encode_images(vae, images, own_side=128)
+    assert "pictures of 48x40 are far below the 128x128" in caplog.text
+    assert "resolution 128 in Training Options" in caplog.text
+    assert "70x70" not in caplog.text
+    assert found.lines[0] == "1 picture of 48x40: as they are"
+    caplog.clear()
+    encode_images(vae, images, options=ImageOptions(resolution=128), own_side=128)
+    assert "far below" not in caplog.text
+    assert "3.2 times enlarged" in caplog.text
 
 
 def test_encoding_can_be_stopped_between_pictures(vae):

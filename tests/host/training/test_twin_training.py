@@ -60,7 +60,7 @@ def test_prompts_and_their_twins_are_encoded_as_the_text_encode_node_does(worlds
     if family == "sdxl":
         model, clip = worlds.model("sdxl"), worlds.clip("sdxl")
     with view_of((model, clip, *world[2:])) as view:
-        vectors = view.twin_embeddings()
+        vectors = view.random_embeddings()
         named, twin = view.encode_twins(PROMPTS, vectors)
     rows = served_rows(superclass_words(clip, "coffee mug"), vectors)
     served = serve_vectors(clip, "<thing>", rows)
@@ -84,7 +84,7 @@ def test_prompts_and_their_twins_are_encoded_as_the_text_encode_node_does(worlds
 def test_the_loss_of_a_step_is_that_of_the_pure_function(world):
     model, _, vae, images = world
     with view_of(world) as view:
-        named, twin = view.encode_twins(PROMPTS, view.twin_embeddings())
+        named, twin = view.encode_twins(PROMPTS, view.random_embeddings())
         i = named.encodings[named.mask].double().mean(0)
         direction = Direction(i, i, Gate(0.7, 0.2))
         random = torch.Generator().manual_seed(2)
@@ -122,7 +122,7 @@ def test_the_loss_of_a_step_is_that_of_the_pure_function(world):
 
 def test_gradients_reach_every_value_output_and_nothing_else(world):
     with torch.inference_mode(), view_of(world) as view:
-        named, twin = view.encode_twins(PROMPTS, view.twin_embeddings())
+        named, twin = view.encode_twins(PROMPTS, view.random_embeddings())
         view.release_text()
         i = named.encodings[named.mask].double().mean(0)
         gates = twin_gates(named.encodings, twin.encodings, [Direction(i, i, Gate(0.7, 0.2))])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perfusion.gated.gate import Gate
-from perfusion.gated.rank_one import GatedProjections, edit_projection, similarities
+from perfusion.gated.rank_one import GatedProjections, edit_projection, gated_inputs, similarities
 from perfusion.text.prompts import fill
 from perfusion.training.denoiser import Batch, Conditioning
 from perfusion.training.results import TrainingResult
@@ -98,8 +98,9 @@ def test_the_edit_training_uses_is_equation_three_with_the_followed_input(denois
     torch.testing.assert_close(edit.apply(layer.to_k, "low", "k"), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["random", "superclass"])
 @pytest.mark.parametrize("ema", [1.0, 0.0, 0.9])
-def test_the_input_follows_the_concepts_encoding_once_per_step(ema, denoiser, covariance):
+def test_the_input_follows_the_concepts_encoding_once_per_step(ema, start, denoiser, covariance):
     means: list[Tensor] = []
     original = denoiser.errors
 
@@ -108,8 +109,13 @@ def test_the_input_follows_the_concepts_encoding_once_per_step(ema, denoiser, co
         return original(batch, encoded, edit)
 
     denoiser.errors = watched  # type: ignore[method-assign]
-    concept = train_concept(denoiser, config(steps=4, ema=ema), covariance).concept
+    settings = config(steps=4, ema=ema, vector_start=start)
+    concept = train_concept(denoiser, settings, covariance).concept
     expected = concept.superclass_encoding
+    if start == "random":
+        prompts = [fill(template, "sks") for template in TEMPLATES]
+        first = denoiser.encode(prompts, denoiser.random_embeddings())
+        expected = first.encodings[first.mask].mean(0)
     for mean in means:
         expected = ema * expected + (1 - ema) * mean
     assert len(means) == 4
@@ -169,7 +175,14 @@ def test_a_superclass_of_two_words_locks_to_its_last_one_and_starts_at_their_mea
 ):
     denoiser.superclass = "bird bath"
     concept = train_concept(
-        denoiser, config(superclass="bird bath", steps=1, embedding_learning_rate=1e-9), covariance
+        denoiser,
+        config(
+            superclass="bird bath",
+            steps=1,
+            embedding_learning_rate=1e-9,
+            vector_start="superclass",
+        ),
+        covariance,
     ).concept
     vectors = denoiser.text.tokens.weight
     mean = (vectors[WORDS.index("bird")] + vectors[WORDS.index("bath")]) / 2
@@ -177,6 +190,37 @@ def test_a_superclass_of_two_words_locks_to_its_last_one_and_starts_at_their_mea
     ids = token_ids([fill(template, "bird bath") for template in TEMPLATES])
     last = denoiser.text(denoiser.text.tokens(ids))[ids == WORDS.index("bath")]
     torch.testing.assert_close(concept.superclass_encoding, last.mean(0))
+
+
+def test_a_vector_that_starts_at_random_leaves_the_gate_of_the_everyday_word_shut(
+    denoiser, covariance
+):
+    opened = {}
+    for start in ("random", "superclass"):
+        settings = config(steps=60, vector_start=start)
+        concept = train_concept(denoiser, settings, covariance).concept
+        encoded = denoiser.encode_superclass(["a photo of my cat"])
+        encoding = encoded.encodings[encoded.mask]
+        opened[start] = float(gated_inputs(encoding, [concept.direction()])[1])
+    assert opened["random"] < 0.1
+    assert opened["superclass"] > 0.3
+
+
+def test_textual_inversion_starts_at_the_superclass_wherever_others_start(denoiser, covariance):
+    settings = config(mode="textual_inversion", steps=1, embedding_learning_rate=1e-9)
+    concept = train_concept(denoiser, settings, covariance).concept
+    torch.testing.assert_close(concept.embeddings, denoiser.initial_embeddings())
+
+
+def test_a_run_that_starts_at_the_superclass_is_named_as_it_was_before_there_was_a_choice():
+    published = config(vector_start="superclass")
+    assert "vector_start" not in published.fingerprint() | published.settings()
+    apart = config()
+    assert apart.fingerprint()["vector_start"] == apart.settings()["vector_start"] == "random"
+    twin = config(mode="twin_lock")
+    assert "vector_start" not in twin.fingerprint() | twin.settings()
+    with pytest.raises(ValueError, match="vector_start: expected one of random, superclass"):
+        config(vector_start="here")
 
 
 def test_masked_pixels_teach_nothing(denoiser, covariance):

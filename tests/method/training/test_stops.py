@@ -49,7 +49,9 @@ def test_an_interrupt_after_any_step_hands_out_what_was_learned_so_far(stop, den
 
 @pytest.mark.parametrize("where", ["encode", "errors"])
 def test_an_interrupt_inside_the_model_hands_out_the_last_whole_step(where, denoiser, covariance):
-    expected = train_concept(denoiser, config(steps=2), covariance)
+    # A vector that starts at the superclass is not encoded before the first step.
+    settings = config(vector_start="superclass")
+    expected = train_concept(denoiser, replace(settings, steps=2), covariance)
     original, calls, partial = getattr(denoiser, where), [], []
 
     def interrupting(*arguments: Any) -> Any:
@@ -61,7 +63,7 @@ def test_an_interrupt_inside_the_model_hands_out_the_last_whole_step(where, deno
     setattr(denoiser, where, interrupting)
     callbacks = TrainingCallbacks(on_partial=partial.append)
     with pytest.raises(Interrupted):
-        train_concept(denoiser, config(), covariance, callbacks)
+        train_concept(denoiser, settings, covariance, callbacks)
     assert len(partial) == 1
     assert_identical(partial[0], expected)
 
@@ -110,7 +112,7 @@ def test_nan_in_the_text_encoding_ends_training_with_the_last_good_state(denoise
         return replace(encoded, encodings=encoded.encodings * factor)
 
     denoiser.encode = spoiled  # type: ignore[method-assign]
-    result = train_concept(denoiser, config(), covariance)
+    result = train_concept(denoiser, config(vector_start="superclass"), covariance)
     assert result.error == "step 2: its text encoding holds NaN or infinity"
     assert result.steps == 1
 

@@ -94,7 +94,7 @@ def test_values_alone_are_learned_from_where_the_superclass_has_them(denoiser, c
     settings = twin(checkpoint_every=1, learning_rate=0.1, rate_unit="absolute")
     found = train_concept(denoiser, settings, covariance, callbacks)
     first, last = start[0].concept, found.concept
-    for name, vector in denoiser.twin_embeddings().items():
+    for name, vector in denoiser.random_embeddings().items():
         assert torch.equal(last.embeddings[name], vector)
     for field in ("i", "u", "superclass_encoding"):
         assert torch.equal(getattr(first, field), getattr(last, field))
@@ -112,7 +112,7 @@ def test_values_alone_are_learned_from_where_the_superclass_has_them(denoiser, c
 def test_the_input_is_the_mean_encoding_of_the_placeholder_over_all_prompts(denoiser, covariance):
     concept = train_concept(denoiser, twin(steps=1), covariance).concept
     prompts = [fill(template, "sks") for template in TEMPLATES]
-    named, own = denoiser.encode_twins(prompts, denoiser.twin_embeddings())
+    named, own = denoiser.encode_twins(prompts, denoiser.random_embeddings())
     expected = named.encodings[named.mask].double().mean(0)
     torch.testing.assert_close(concept.i.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(concept.superclass_encoding, own.encodings[own.mask].mean(0))
@@ -155,7 +155,7 @@ def test_a_step_conditions_on_the_twin_and_edits_as_the_pure_function_does(
     _, encoded, edit = asked[0]
     assert isinstance(edit, TwinProjections)
     prompts = [fill(template, "sks") for template in TEMPLATES]
-    named, own = denoiser.encode_twins(prompts, denoiser.twin_embeddings())
+    named, own = denoiser.encode_twins(prompts, denoiser.random_embeddings())
     of_prompt = [
         next(at for at in range(4) if torch.allclose(own.encodings[at], row, atol=1e-6))
         for row in encoded.encodings
@@ -210,7 +210,7 @@ def test_gates_follow_the_input_of_the_state(denoiser, covariance, monkeypatch):
     assert isinstance(edit, TwinProjections)
     direction = Direction(moved, covariance.dual(moved), Gate(0.75, 0.1))
     prompts = [fill(template, "sks") for template in TEMPLATES]
-    named, own = denoiser.encode_twins(prompts, denoiser.twin_embeddings())
+    named, own = denoiser.encode_twins(prompts, denoiser.random_embeddings())
     gates = twin_gates(named.encodings, own.encodings, [direction])
     found = edit.gates[0]
     assert any(torch.allclose(found, of_prompt, atol=1e-6) for of_prompt in gates)
