@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy.model_base import BaseModel
 
-from .families import Family, UnsupportedModelError, cross_attentions, family_of, supported_list
+from .families import Family, UnsupportedModelError, family_of, supported_list
+from .networks import UNET
 from .text_entries import TextEntry, entries_list, entry_of
 from .unsupported import no_edits
 
@@ -26,17 +27,6 @@ def edited_as(model: BaseModel) -> TextEntry | Family:
         family = family_of(model)
     except UnsupportedModelError as error:
         raise no_edits(model, works, conceptual=False) from error
-    if not _separate_maps(model):
+    if family.network is not UNET:
         raise no_edits(model, works, conceptual=True)
     return family
-
-
-def _separate_maps(model: BaseModel) -> bool:
-    """Whether keys and values have maps of their own under the names that edits look for."""
-    for layer in cross_attentions(model):
-        attention = model.diffusion_model.get_submodule(layer.name)
-        if getattr(attention, "to_k", None) is not layer.to_k:
-            return False
-        if getattr(attention, "to_v", None) is not layer.to_v:
-            return False
-    return True

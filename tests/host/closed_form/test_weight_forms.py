@@ -5,13 +5,14 @@ from __future__ import annotations
 import comfy.model_management
 import pytest
 import torch
+from comfy import model_patcher
 from comfy.quant_ops import QuantizedTensor
 from comfyui_perfusion.host.closed_form.weight_patches import applied_edits
 from comfyui_perfusion.host.models.families import UnsupportedModelError, cross_attentions
 from comfyui_perfusion.nodes.concepts import PerfusionApplyConcepts
 from comfyui_perfusion.nodes.edit_assumption import PerfusionEditAssumption
 
-from tests.host.closed_form.joint_models import JOINT, build_joint
+from tests.host.closed_form.joint_models import CPU, JOINT, build_joint
 from tests.host.injection import weight_formats as formats
 
 SOLVING = {"ridge": 0.1, "with_to_k": True, "strength": 1.0, "layers": "", "restart": False}
@@ -53,6 +54,10 @@ STEPS = {
     # Three bits behind the point, in both directions; the scale is that of the largest value.
     "float8_e4m3fn": (2**-3, 2**-9 / 448),
     "float8_e5m2": (2**-2, 2**-16 / 57344),
+    # The same with a power of two for every block as its scale.
+    "mxfp8": (2**-3, 2**-8 / 448),
+    # 0, 0.5, 1, 1.5, 2, 3, 4, 6 times a block's scale, which is stored in fp8.
+    "nvfp4": (2**-1, (0.5 / 6) * (1 + 2**-3)),
 }
 
 
@@ -72,6 +77,25 @@ def test_an_edit_of_a_quantised_model_is_that_of_the_weights_it_stands_for(world
         # It is stored in that form again, as any LoRA on such a model is.
         assert bool(((loaded_weight(edited, key) - wanted).abs() <= allowed).all()), key
     assert torch.isfinite(worlds.sample(edited, clip, TEXT, 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen_image"])
+def test_so_is_an_edit_where_the_text_enters_a_quantised_model(kind):
+    model, joint, clip = build_joint(kind), JOINT[kind], JOINT[kind].clip()
+    network = model.model.diffusion_model
+    stored, meant = formats.quantised_state(network.state_dict(), "float8_e4m3fn", "txt_in")
+    network.load_state_dict(meant)
+    config = joint.config(dict(joint.unet))
+    config.quant_config = {"mixed_ops": True}
+    config.set_inference_dtype(torch.float32, torch.float32)
+    with torch.inference_mode():
+        base = joint.base(config, device=CPU)
+        base.diffusion_model.load_state_dict(stored, strict=False)
+    quantised = model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
+    ((key, found),) = changes(assume(quantised, clip)).items()
+    torch.testing.assert_close(found, changes(assume(model, clip))[key], rtol=1e-4, atol=1e-6)
+    assert f"{joint.linear}.weight" in key
+    assert isinstance(base.diffusion_model.txt_in.weight, QuantizedTensor)
 
 
 @pytest.mark.parametrize(

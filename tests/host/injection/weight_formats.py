@@ -23,23 +23,33 @@ LIGHT = "sd1_light"
 State = dict[str, torch.Tensor]
 
 
+def quantised_state(
+    state: State, algorithm: str, part: str, full_precision: bool = True
+) -> tuple[State, State]:
+    """A checkpoint that says layer by layer how it is quantised ("comfy_quant"), and what it means.
+
+    Linear weights with `part` in their names are.
+    """
+    conf = {"format": algorithm, "full_precision_matrix_mult": full_precision}
+    note = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+    layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+    stored, meant = {}, {}
+    for key, weight in state.items():
+        stored[key] = meant[key] = weight
+        if part not in key or weight.ndim != 2 or not key.endswith(".weight"):
+            continue
+        quantised = QuantizedTensor.from_float(weight, layout, scale="recalculate")
+        meant[key] = quantised.dequantize()
+        del stored[key]
+        stored |= quantised.state_dict(key) | {f"{key.removesuffix('weight')}comfy_quant": note}
+    return stored, meant
+
+
 def quantised_by_comfyui(
     worlds, state: State, algorithm: str, full_precision: bool = True, family: str = LIGHT
 ):
-    """As a checkpoint that says layer by layer how it is quantised ("comfy_quant")."""
-    conf = {"format": algorithm, "full_precision_matrix_mult": full_precision}
-    layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
-    stored, plain = {}, {}
-    for key, weight in state.items():
-        stored[key] = plain[key] = weight
-        if ".attn" not in key or weight.ndim != 2:
-            continue
-        quantised = QuantizedTensor.from_float(weight, layout, scale="recalculate")
-        plain[key] = quantised.dequantize()
-        del stored[key]
-        stored |= quantised.state_dict(key)
-        note = list(json.dumps(conf).encode())
-        stored[f"{key.removesuffix('weight')}comfy_quant"] = torch.tensor(note, dtype=torch.uint8)
+    """All linear weights of the attentions, as ComfyUI loads them."""
+    stored, plain = quantised_state(state, algorithm, ".attn", full_precision)
     # As in a graph: what is made outside of inference mode cannot be moved inside of it.
     with torch.inference_mode():
         model = _empty(worlds, family, quant_config={"mixed_ops": True})
