@@ -26,7 +26,8 @@ def edited_as(model: BaseModel) -> TextEntry | Family:
         family = family_of(model)
     except UnsupportedModelError as error:
         raise no_edits(model, works, conceptual=False) from error
-    if not _separate_maps(model):
+    # What passes a network of its own first is not what the maps read.
+    if family.network.entry is not None or not _separate_maps(model):
         raise no_edits(model, works, conceptual=True)
     return family
 
