@@ -36,6 +36,7 @@ FAMILY = "small"
 WAITS = {
     "model call, local": {},
     "model call, global": {},
+    "model call, twin": {},
     # Where in the schedule the call is: samplers also call between the steps they are given.
     "model call, scheduled": {("host/injection/injection.py:_moment", "_local_scalar_dense"): 1},
     "model call, in some blocks": {},
@@ -99,7 +100,7 @@ def sampling(worlds, model, two):
     return count
 
 
-@pytest.mark.parametrize("lock", ["local", "global"])
+@pytest.mark.parametrize("lock", ["local", "global", "twin"])
 def test_concepts_are_applied_on_the_device(sampling, lock):
     assert_no_more_than(sampling(lock), f"model call, {lock}")
 
