@@ -61,7 +61,7 @@ def view_of(world):
 def test_the_loss_of_a_step_is_that_of_the_pure_function(world):
     name, model, _, pictures = world
     with view_of(world) as view:
-        named, twin = view.encode_twins(PROMPTS[:1] * 2, view.twin_embeddings())
+        named, twin = view.encode_twins(PROMPTS[:1] * 2, view.random_embeddings())
         i = named.encodings[named.mask].double().mean(0)
         direction = Direction(i, i, Gate(0.7, 0.2))
         random = torch.Generator().manual_seed(2)
