@@ -135,7 +135,7 @@ def test_a_concept_is_learned_and_its_file_names_the_family(world, tmp_path):
 
 def test_the_covariance_counts_words_and_their_end_token(world):
     _, model, clip, _ = world
-    covariance = measure_covariance(clip, CAPTIONS, model=model)
+    covariance = measure_covariance(clip, CAPTIONS, positions="words", model=model)
     name = family_of(model.model).positions
     tokens = [clip.tokenize(caption, min_length=1)[name][0] for caption in CAPTIONS]
     assert covariance.tokens == sum(len(each) for each in tokens)
