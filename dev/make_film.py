@@ -57,14 +57,18 @@ CHANGE = """async ([graph, name, changes]) => {
         });
     }
 }"""
-# Left, top, right and bottom of a group on the screen.
+# Left, top, right and bottom of a group on the screen, or of all of them.
 PLACE = """title => {
-    const {graph, canvas} = window.app;
-    const {pos: [x, y], size: [width, height]} = graph.groups.find(each => each.title === title);
-    const {scale, offset} = canvas.ds;
-    const box = canvas.canvas.getBoundingClientRect();
-    const left = box.left + (x + offset[0]) * scale, top = box.top + (y + offset[1]) * scale;
-    return [left, top, left + width * scale, top + height * scale];
+    const {graph, canvas: {ds: {scale, offset}, canvas}} = window.app;
+    const groups = graph.groups.filter(group => !title || group.title === title);
+    const {left, top} = canvas.getBoundingClientRect();
+    const at = (place, from, side) => from + (place + offset[side]) * scale;
+    return [
+        at(Math.min(...groups.map(({pos}) => pos[0])), left, 0),
+        at(Math.min(...groups.map(({pos}) => pos[1])), top, 1),
+        at(Math.max(...groups.map(({pos, size}) => pos[0] + size[0])), left, 0),
+        at(Math.max(...groups.map(({pos, size}) => pos[1] + size[1])), top, 1),
+    ];
 }"""
 FIT = """() => {
     const {graph, canvas} = window.app;
@@ -164,7 +168,9 @@ def film(page: Page, folder: Path, name: str) -> list[tuple[str, Image.Image]]:
         raise Failure(f"The page's workflow ended with {kind}: {error}")
     picture = shot(page, folder, f"{name}-5-after")
     frames.append(("5  learned", part(page, picture, "Learn")))
-    frames.append(("6  kept, and painted", picture))
+    whole = part(page, picture)
+    whole.save(folder / f"five_photos_{name}.jpg", quality=88)  # docs/five_photos.jpg
+    frames.append(("6  kept, and painted", whole))
     return frames
 
 
@@ -178,8 +184,8 @@ def shot(page: Page, folder: Path, name: str) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def part(page: Page, picture: Image.Image, group: str) -> Image.Image:
-    """What a group of the page takes up in its screenshot."""
+def part(page: Page, picture: Image.Image, group: str = "") -> Image.Image:
+    """What a group of the page takes up in its screenshot; without a name, all of them."""
     left, top, right, bottom = (round(side) for side in page.evaluate(PLACE, group))
     return picture.crop((left, top, right, bottom))
 
