@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
+
+from .families import network_of
 
 
 def extra_conditions(
@@ -21,7 +21,7 @@ def extra_conditions(
     `pooled` (B, P) or None is the pooled text, or (B, N) says which tokens are words where that
     is asked for; `size` the pictures' width and height in pixels. SDXL wants both.
     """
-    masked = "attention_mask" in inspect.signature(model.diffusion_model.forward).parameters
+    masked = network_of(model).masked
     conditions = model.extra_conds(
         noise=noisy,
         device=device,

@@ -101,6 +101,7 @@ class Network:
             before it is called (`query_adapter`).
         unless: names of attributes that make it another network where they are true.
         unpadded: whether prompts are as long as they are, with no mask for padding.
+        masked: whether it is told which tokens are words.
         countable: whether its code can be run without contents, to count memory.
         axes: of a latent, batch and channels included; 5 where time is one of them.
     """
@@ -113,6 +114,7 @@ class Network:
     adapts: bool = False
     unless: tuple[str, ...] = ()
     unpadded: bool = False
+    masked: bool = False
     countable: bool = True
     axes: int = 4
 
@@ -173,6 +175,7 @@ LTXV = Network(
     *(LTXVModel, r"transformer_blocks\.\d+\.attn2", ("to_k", "to_v")),
     entry="caption_projection",
     unless=("cross_attention_adaln", "caption_proj_before_connector"),
+    masked=True,
     axes=5,
 )
 

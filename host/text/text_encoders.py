@@ -147,7 +147,7 @@ class TextEncoders:
             missing = max(0, room - encodings.shape[1])
             found.append(torch.nn.functional.pad(encodings, (0, 0, 0, missing)))
             # Where a model looks at the words alone, it is told which tokens they are.
-            pooled.append(made[2].get("attention_mask") if len(made) > 2 else extra)
+            pooled.append(made[2]["attention_mask"] if self.family.network.masked else extra)
         lengths = sorted({encodings.shape[1] for encodings in found})
         if len(lengths) > 1:
             raise ValueError(

@@ -43,7 +43,7 @@ def worlds_of():
         channels = CROSS[name].latent[1]
         side = CROSS[name].latent[-1]
         latents = [torch.randn(1, channels, side, side, generator=generator) for _ in range(2)]
-        pictures = TrainingImages(latents, None, [(64, 64)] * 2, "0" * 16)
+        pictures = TrainingImages(latents, None, [(8 * side, 8 * side)] * 2, "0" * 16)
         return build_cross(name), CROSS[name].clip(), pictures
 
     return make
@@ -67,7 +67,7 @@ def unfilled(encodings):
 def test_the_loss_of_a_step_is_that_of_the_pure_function(world):
     name, model, _, pictures = world
     with view_of(world) as view:
-        named, twin = view.encode_twins(PROMPTS[:1] * 2, view.twin_embeddings())
+        named, twin = view.encode_twins(PROMPTS[:1] * 2, view.random_embeddings())
         i = named.encodings[named.mask].double().mean(0)
         direction = Direction(i, i, Gate(0.7, 0.2))
         random = torch.Generator().manual_seed(2)
@@ -108,9 +108,12 @@ def test_the_loss_of_a_step_is_that_of_the_pure_function(world):
         for layer in cross_attentions(base):
             module = layer.modules[-1]
             stack.callback(module.register_forward_hook(edited(layer)).remove)
-        given = twin.encodings[:, : unfilled(twin.encodings)]
+        network = family_of(base).network
+        given = twin.encodings
+        if network.unpadded:
+            given = given[:, : unfilled(given)]
         gates = gates[:, : given.shape[1]]
-        more = {} if twin.extra is None else {"attention_mask": twin.extra}
+        more = {"attention_mask": twin.extra} if network.masked else {}
         denoised = base.apply_model(noisy, sigma, c_crossattn=given, **more)
     # What each prediction is wrong by: noise and flow the error of x0 by sigma, Cosmos by its time.
     time = sigma / (sigma + 1) if name == "cosmos_predict2" else sigma
@@ -145,7 +148,7 @@ def test_a_concept_is_learned_and_its_file_names_the_family(world, tmp_path):
 
 def test_the_covariance_counts_words_and_their_end_token(world):
     _, model, clip, _ = world
-    covariance = measure_covariance(clip, CAPTIONS, model=model)
+    covariance = measure_covariance(clip, CAPTIONS, positions="words", model=model)
     name = family_of(model.model).positions
     tokens = [clip.tokenize(caption, min_length=1)[name][0] for caption in CAPTIONS]
     assert covariance.tokens == sum(len(each) for each in tokens)
