@@ -37,6 +37,7 @@ STEP = "() => document.querySelector('.perfusion-progress')?.innerText.split(' Â
 
 # The page with what suits the small world, and ears for what happens.
 CHANGE = """async ([graph, name, changes]) => {
+    await window.app.refreshComboInNodes();
     await window.app.loadGraphData(graph, true, true, name, {openSource: "template"});
     const page = window.app.graph;
     for (const [id, values] of Object.entries(changes)) {
@@ -136,6 +137,8 @@ def with_small_model() -> dict[str, Any]:
     """The page with the small world's model in the place of its checkpoint."""
     graph = json.loads(TEMPLATE.read_text(encoding="utf-8"))
     for node in graph["nodes"]:
+        if node["type"] == "PerfusionLoadPhotos":
+            node["widgets_values"][0] = FOLDER
         if node["type"] == "CheckpointLoaderSimple":
             node["type"], node["title"] = "PerfusionDemoModel", "Load Demo Model: the model"
             for key in ("widgets_values", "inputs", "properties"):
