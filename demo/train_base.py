@@ -39,7 +39,7 @@ log = logging.getLogger("demo.train")
 class BaseConfig:
     """What determines the weights (with the autoencoder): recorded beside them."""
 
-    steps: int = 5500
+    steps: int = 17500
     minutes: float = 0.0
     batch: int = 64
     window: int = 12
@@ -209,7 +209,7 @@ class BaseTrainer:
         begun = taken_up("base")
         if begun:
             groups, about = begun
-            self.networks.load_state_dict(groups["networks"])
+            self.networks.load_state_dict(groups["average"])
             self.average.load_state_dict(groups["average"])
             self.step, self.seconds = about["step"], about["seconds"]
             self.history = about["history"]

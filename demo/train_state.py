@@ -1,6 +1,6 @@
 """An unfinished training, small enough to be kept with the code: what another machine goes on from.
 
-Weights and their running average in bf16, without the optimisers' memory, which a few dozen steps
+The running average of the weights in bf16, without the optimisers' memory, which a few dozen steps
 bring back. ``python -m demo.train`` takes it up when its own cache holds no state; made by
 ``python -m demo.train_state``. Delete the folder once the weights are final.
 """
@@ -59,13 +59,12 @@ def keep_all(cache: Path, folder: Path = FOLDER) -> None:
         model = torch.load(cache / "encoder.pt", map_location="cpu")
         exact = {k: v for k, v in model.items() if not k.startswith(("decoder", "voter"))}
         keep(folder / "encoder.safetensors", {"model": exact}, {}, torch.float32)
-    for name, groups in (("base", ("networks", "average")), ("autoencoder", ("average",))):
+    for name in ("base", "autoencoder"):
         path = cache / f"{name}_state.pt"
         if path.exists():
             saved = torch.load(path, map_location="cpu")
             about = {k: saved[k] for k in ("config", "step", "seconds", "history") if k in saved}
-            for group in groups:
-                keep(folder / f"{name}_{group}.safetensors", {group: saved[group]}, about)
+            keep(folder / f"{name}_average.safetensors", {"average": saved["average"]}, about)
 
 
 def main() -> None:
