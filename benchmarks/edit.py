@@ -32,17 +32,17 @@ load_pack()
 
 from comfyui_perfusion.host.closed_form.weight_patches import EditSettings, apply_edit  # noqa: E402
 from comfyui_perfusion.host.text.caption_sources import sentences_known_to  # noqa: E402
-from comfyui_perfusion.perfusion.closed_form.mace import (  # noqa: E402
-    GENERIC_ANCHOR,
-    Erasure,
-    refinement_constraints,
-    replacement_constraints,
-)
+from comfyui_perfusion.perfusion.closed_form.erasure import GENERIC_ANCHOR, Erasure  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.mace import refinement_constraints  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.preserve import preserve  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.solver import Constraints  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.time import RIDGE, time_constraints  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.uce import RIDGE as UCE_RIDGE  # noqa: E402
-from comfyui_perfusion.perfusion.closed_form.uce import Debiasing, debias_constraints  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.uce import (  # noqa: E402
+    Debiasing,
+    debias_constraints,
+    replacement_constraints,
+)
 
 from demo.classes import CLASS_NAMES, KINDS  # noqa: E402
 from demo.sheet import sheet  # noqa: E402
