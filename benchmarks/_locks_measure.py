@@ -5,18 +5,34 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from demo.classes import CLASS_NAMES
-from demo.fidelity import half, kinds_present, pair_scales, scene_fidelity, single_scale, to_judge
-from demo.measure import PAIR_PROMPTS, PROMPTS
-from demo.things import Look, look_of, superclass_of
+from inprocess import load_pack
 
-from ._small_world import World
-from ._ways import Learned, Settings, Way, draw, teach
+load_pack()
+
+from comfyui_perfusion.host.text.covariance import measure_covariance  # noqa: E402
+from comfyui_perfusion.perfusion import Covariance  # noqa: E402
+from comfyui_perfusion.perfusion.training.config import Mode, counted_positions  # noqa: E402
+
+from demo.captions import sample_captions  # noqa: E402
+from demo.classes import CLASS_NAMES  # noqa: E402
+from demo.fidelity import (  # noqa: E402
+    half,
+    kinds_present,
+    pair_scales,
+    scene_fidelity,
+    single_scale,
+    to_judge,
+)
+from demo.measure import PAIR_PROMPTS, PROMPTS  # noqa: E402
+from demo.things import Look, look_of, superclass_of  # noqa: E402
+
+from ._small_world import World  # noqa: E402
+from ._ways import Learned, Settings, Way, draw, teach  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Bench:
     def __init__(self, size: Size) -> None:
         self.size = size
         self.world = World()
+        self._covariances: dict[str, Covariance] = {}
         self._learned: dict[object, Learned] = {}
         self._plain: dict[object, Tensor] = {}
 
@@ -57,9 +74,18 @@ class Bench:
         """What a way makes of a thing, once for all locks that share a training."""
         key = way.mode, thing, settings, seed
         if key not in self._learned:
-            statistics = self.world.statistics
-            self._learned[key] = teach(self.world, statistics, way, thing, settings, seed)
+            covariance = self._covariance(way)
+            self._learned[key] = teach(self.world, covariance, way, thing, settings, seed)
         return self._learned[key]
+
+    def _covariance(self, way: Way) -> Covariance:
+        """Statistics of the tokens that this way counts, measured once."""
+        positions = counted_positions(cast(Mode, way.mode))
+        if positions not in self._covariances:
+            self._covariances[positions] = measure_covariance(
+                self.world.clip, sample_captions(600), positions=positions
+            )
+        return self._covariances[positions]
 
     def row(
         self, way: Way, thing: str, second: str, settings: Settings, seed: int

@@ -14,7 +14,15 @@ load_pack()
 
 from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
 from comfyui_perfusion.host.closed_form.prompts import PromptEncoder  # noqa: E402
+from comfyui_perfusion.host.closed_form.readings import text_side  # noqa: E402
+from comfyui_perfusion.host.closed_form.weight_patches import (  # noqa: E402
+    EditSettings,
+    Task,
+    apply_edit,
+)
 from comfyui_perfusion.host.text.covariance import measure_covariance  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.preserve import Preserved  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.solver import Constraints  # noqa: E402
 
 from demo.captions import sample_captions  # noqa: E402
 from demo.fidelity import to_judge  # noqa: E402
@@ -31,6 +39,20 @@ class World:
         self.judge: Judge = load_judge(WEIGHTS / "judge.safetensors")
         self.encode = PromptEncoder(self.clip)
         self.statistics = measure_covariance(self.clip, sample_captions(600))
+
+    def edited(
+        self,
+        model: Any,
+        constraints: Constraints,
+        ridge: float,
+        label: str,
+        preserved: Preserved | None = None,
+    ) -> Any:
+        """The model with one more edit of every key and value."""
+        settings = EditSettings(ridge)
+        side = text_side(model, self.clip, settings.layers, settings.with_to_k)
+        tasks = [Task(each.keys, each.width, constraints, preserved) for each in side.readings]
+        return apply_edit(model, tasks, settings, label)[0]
 
     def draw(self, model: Any, prompts: Sequence[str], seed: int) -> Pictures:
         """Pictures of prompts; the k-th starts from the same noise whatever the model."""

@@ -179,7 +179,7 @@ def _trained(world: World, images: Tensor, masks: Tensor | None, config: Trainin
     shown = encode_images(world.vae, [images], None if masks is None else [masks])
     words = config.superclass, config.placeholder
     with training_view(world.model, world.clip, shown, *words) as view:
-        return train_concept(view, config, world.covariance).concept
+        return train_concept(view, config, world.covariance(config.mode)).concept
 
 
 def save_sheet(models: tuple[Any, Any, Any], path: Path) -> None:

@@ -30,7 +30,6 @@ from inprocess import load_pack
 
 load_pack()
 
-from comfyui_perfusion.host.closed_form.weight_patches import EditSettings, apply_edit  # noqa: E402
 from comfyui_perfusion.host.text.caption_sources import sentences_known_to  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.erasure import GENERIC_ANCHOR, Erasure  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.mace import refinement_constraints  # noqa: E402
@@ -115,12 +114,12 @@ def _assumption(world: World, kind: str, way: Any, seeds: int) -> dict[str, Tens
     if way == "uce":
         asked = Debiasing(kind, (old, new), (1.0, 0.0), (0.0, 1.0), step=0.5)
         constraints = debias_constraints(world.encode, [asked])
-        model, _ = apply_edit(model, constraints, EditSettings(UCE_RIDGE), kind)
+        model = world.edited(model, constraints, UCE_RIDGE, kind)
     elif isinstance(way, dict):
         edit = f"a {kind}", f"a {new} {kind}"
         constraints = time_constraints(world.encode, *edit, **way)
         prior = preserve((), 1.0, world.statistics, 30.0) if way["carry"] else None
-        model, _ = apply_edit(model, constraints, EditSettings(RIDGE), kind, prior)
+        model = world.edited(model, constraints, RIDGE, kind, prior)
     said = f"{new} " if way == "oracle" else ""
     synonym = KINDS[kind].words[-1]
     others = [k for k in CLASS_NAMES if k != kind and KINDS[k].usual_color not in (old, new)][:4]
@@ -180,7 +179,7 @@ def erase_table(
             if method not in (UNEDITED, ANCHOR):
                 constraints = erase_constraints(world, count, method.split(" ")[0])
                 prior = kept if "prior" in method else None
-                model, _ = apply_edit(model, constraints, EditSettings(UCE_RIDGE), method, prior)
+                model = world.edited(model, constraints, UCE_RIDGE, method, prior)
             row, pictures = _erased(world, model, count, seeds, by_anchor=method == ANCHOR)
             rows.append({"concepts": count, "way": method, **row})
             shown.append(pictures)
@@ -250,7 +249,7 @@ def debias_table(world: World, pictures: int, rounds: int) -> list[dict[str, Any
             break
         asked = Debiasing(concept, attributes, (first, 1 - first), step=0.5)
         constraints = debias_constraints(world.encode, [asked])
-        model, _ = apply_edit(model, constraints, EditSettings(UCE_RIDGE), f"turn {turn}")
+        model = world.edited(model, constraints, UCE_RIDGE, f"turn {turn}")
     return rows
 
 

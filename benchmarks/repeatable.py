@@ -122,7 +122,7 @@ def training(world: World, lock: Mode, steps: int) -> str:
     with training_view(
         *(world.model, world.clip, shown, config.superclass, config.placeholder)
     ) as view:
-        return digest(train_concept(view, config, world.covariance).state.tensors)
+        return digest(train_concept(view, config, world.covariance(config.mode)).state.tensors)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -258,7 +258,7 @@ class PerfusionCovariance(io.ComfyNode):
                 io.Combo.Input(
                     "positions",
                     options=["words", "all"],
-                    default="all",
+                    default="words",
                     optional=True,
                     tooltip="Which tokens count. words: words and the end token. all: the start "
                     "token and the padding too.",
@@ -282,7 +282,7 @@ class PerfusionCovariance(io.ComfyNode):
         captions: str,
         captions_file: str = "",
         count: int = COUNT,
-        positions: Positions = "all",
+        positions: Positions = "words",
     ) -> io.NodeOutput:
         """PERFUSION_COVARIANCE, STRING; the report as text on the node."""
         if captions.strip():

@@ -10,7 +10,6 @@ import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
-from torch.nn import Parameter
 
 from ...perfusion.shapes import Weight
 from ..models.unsupported import UnsupportedModelError, describe_model
@@ -55,4 +54,6 @@ def _weight(model: ModelPatcher, key: str) -> Weight:
 def _readable(weight: Tensor | None) -> bool:
     if weight is None or isinstance(weight, QuantizedTensor):
         return weight is not None
-    return type(weight) in (Tensor, Parameter) and weight.is_floating_point()
+    # A class of another pack's may hold anything; torch's own hold what they say.
+    own = type(weight).__module__.split(".")[0] == "torch"
+    return own and weight.is_floating_point()

@@ -32,7 +32,7 @@ def measure_covariance(
     clip: CLIP,
     captions: Iterable[str],
     on_progress: OnProgress | None = None,
-    positions: Positions = "all",
+    positions: Positions = "words",
     total: int | None = None,
     model: ModelPatcher | None = None,
 ) -> Covariance:
@@ -76,7 +76,7 @@ def covariance_of(
     clip: CLIP,
     source: CaptionSource,
     on_progress: OnProgress | None = None,
-    positions: Positions = "all",
+    positions: Positions = "words",
     model: ModelPatcher | None = None,
 ) -> Covariance:
     """The covariance over a source, from disk when the very same was measured before.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.covariance import Covariance, Positions
-from ...perfusion.training.config import TrainingConfig
+from ...perfusion.training.config import TrainingConfig, counted_positions
 from ...perfusion.training.loss_bands import LossRecord
 from ...perfusion.training.results import TrainingResult
 from ..files.concept_files import signed
@@ -75,7 +75,7 @@ class Trained:
 def covariance_with_progress(
     clip: CLIP,
     source: CaptionSource,
-    positions: Positions = "all",
+    positions: Positions = "words",
     model: ModelPatcher | None = None,
 ) -> Covariance:
     """`covariance_of` with a progress bar, interruptible after every batch."""
@@ -184,9 +184,7 @@ def _prepared(
     """The covariance, measured if need be, and the pictures, encoded."""
     covariance = material.statistics or built_in()
     if isinstance(covariance, CaptionSource):
-        # Twin lock takes nothing from any token, so that its statistics need no padding, which some
-        # encoders pad to hundreds of tokens.
-        positions: Positions = "words" if config.mode == "twin_lock" else "all"
+        positions = counted_positions(config.mode)
         covariance = covariance_with_progress(models.clip, covariance, positions, models.model)
     versions = replace(options.images, seed=config.seed)
     pictures = encode_images(

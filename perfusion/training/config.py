@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
+from ..gated.covariance import Positions
 from ..gated.gate import TRAINING_GATE, Gate
 from ..text.prompts import TEMPLATES, check_places, check_templates
 from ..text.words import check_phrase, check_word
@@ -17,6 +18,17 @@ RateUnit = Literal["relative", "absolute"]
 VectorStart = Literal["random", "superclass"]
 
 DEFAULT_MODE: Mode = "perfusion"
+
+
+def counted_positions(mode: Mode) -> Positions:
+    """Which tokens the covariance should count for a training.
+
+    Twin lock takes nothing from any token, and its statistics need no padding, which some encoders
+    pad to hundreds of tokens. The other locks subtract a share of i at every token.
+    """
+    return "words" if mode == "twin_lock" else "all"
+
+
 """What is trained where nobody says."""
 
 

@@ -71,7 +71,7 @@ def test_the_digest_follows_clip_skip_lora_and_weights_but_not_placeholders(worl
 
 def test_all_positions_count_the_start_and_the_padding_too(worlds):
     clip = worlds.clip("sd1")
-    found = measure_covariance(clip, CAPTIONS[:2])
+    found = measure_covariance(clip, CAPTIONS[:2], positions="all")
     assert found.positions == "all"
     rows = torch.cat([clip.encode_from_tokens(clip.tokenize(c))[0] for c in CAPTIONS[:2]]).double()
     assert found.tokens == 2 * 77
