@@ -70,7 +70,6 @@ async function showCard(node) {
   const url = thumbnailOf(metadata);
   picture.src = url;
   picture.style.display = url ? "" : "none";
-  node.perfusionTrigger = metadata?.placeholder;
   words.textContent = metadata
     ? `${metadata.placeholder}\n${metadata.superclass}, ${metadata.family}`
     : name && concepts().length
@@ -104,7 +103,8 @@ function use(node) {
 }
 
 async function copyTrigger(node) {
-  const word = node.perfusionTrigger ?? (await aboutConcept(widgetOf(node)?.value))?.placeholder;
+  const name = widgetOf(node)?.value;
+  const word = name ? (await aboutConcept(name))?.placeholder : null;
   if (!word) return;
   await navigator.clipboard.writeText(word);
   app.extensionManager?.toast?.add({ severity: "success", summary: `Copied ${word}`, life: 2000 });

@@ -154,7 +154,7 @@ def test_a_right_click_wires_a_concept_and_copies_its_word(page: Page) -> None:
     page.evaluate(CLICK, [node, "Use in Apply Concepts"])
     assert page.evaluate(WIRED) == [["PERFUSION_CONCEPT"]]
     page.evaluate(CLICK, [node, "Copy trigger phrase"])
-    assert page.evaluate("() => navigator.clipboard.readText()") == "<bo>"
+    page.wait_for_function("async () => await navigator.clipboard.readText() === '<bo>'")
 
 
 def test_a_workflow_with_an_unknown_concept_says_which_and_whence(page: Page) -> None:
