@@ -33,7 +33,7 @@ def test_it_is_the_mean_over_words_and_end_tokens_of_the_encode_nodes_output(wor
             end = ids.index(49407)
             rows.append(encoding[77 * at + 1 : 77 * at + end + 1])
     wanted = torch.cat(rows)
-    found = measure_covariance(clip, CAPTIONS, positions="words")
+    found = measure_covariance(clip, CAPTIONS)
     assert found.tokens == len(wanted) == TOKENS
     assert found.positions == "words"
     expected = wanted.mT @ wanted / len(wanted)
@@ -72,7 +72,6 @@ def test_the_digest_follows_clip_skip_lora_and_weights_but_not_placeholders(worl
 def test_all_positions_count_the_start_and_the_padding_too(worlds):
     clip = worlds.clip("sd1")
     found = measure_covariance(clip, CAPTIONS[:2], positions="all")
-    assert found.positions == "all"
     rows = torch.cat([clip.encode_from_tokens(clip.tokenize(c))[0] for c in CAPTIONS[:2]]).double()
     assert found.tokens == 2 * 77
     expected = rows.mT @ rows / (2 * 77)
@@ -124,7 +123,7 @@ def test_a_covariance_is_found_again_for_the_same_encoder_captions_and_positions
     skipped.clip_layer(-2)
     covariance_of(skipped, source)
     covariance_of(clip, of_text("a cat\na fox"))
-    covariance_of(clip, source, positions="words")
+    covariance_of(clip, source, positions="all")
     covariance_of(worlds.new_clip("sd1", seed=9), source)
     assert len(counted) == 5
     assert len(list(folder.iterdir())) == 5
@@ -190,6 +189,6 @@ def test_a_text_without_captions_is_refused(tmp_path, monkeypatch):
 def test_the_report_tells_captions_tokens_and_condition(worlds, folder):
     found, report = PerfusionCovariance.execute(worlds.clip("sd1"), "a cat\ntwo dogs").args
     assert report == (
-        f"2 captions, 154 tokens (all tokens), 768 wide, condition number "
+        f"2 captions, 6 tokens (words and end tokens), 768 wide, condition number "
         f"{found.condition_number():.3g}"
     )
