@@ -76,6 +76,7 @@ class Bench:
             **self.same_class(way, thing, own),
             **self.two(way, thing, second, settings, seed),
             "s per step": round(own.seconds, 3),
+            "training s": round(own.seconds * settings.steps, 1),
             "bytes": own.size,
         }
 

@@ -91,12 +91,20 @@ def _name(value: object) -> object:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows of equal keys as a Markdown table; numbers to four significant digits."""
+    """Print `table` of rows."""
+    print(table(rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table; numbers to four significant digits."""
     heads = list(rows[0])
     cells = [[_cell(row[head]) for head in heads] for row in rows]
     widths = [max(len(line[at]) for line in (heads, *cells)) for at in range(len(heads))]
-    for line in (heads, ["-" * width for width in widths], *cells):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
+    padded = (
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in (heads, ["-" * width for width in widths], *cells)
+    )
+    return "\n".join(f"| {line} |" for line in padded)
 
 
 def _cell(value: Any) -> str:

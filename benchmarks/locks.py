@@ -14,7 +14,7 @@ pictures that ask for it, and what else changed:
     pair         "on the left a <bo> and on the right a teddy" and the other way round: likeness of
                  the half that shall show the thing, and of the other half, which shall not
     two          two things taught apart in one picture: both kinds are there; likeness of either
-    s per step   processor time of the whole training over its steps
+    training s   processor time of the whole training; s per step is that over its steps
 
 Everything is drawn from the same noise for every way. Another vector seed is another placeholder,
 another order of pictures and other noise in training.
@@ -36,7 +36,7 @@ import torch
 from demo.things import SUBJECTS, Look
 
 from ._locks_measure import Bench, Size
-from ._report import RESULTS, print_table, write_results
+from ._report import RESULTS, table, write_results
 from ._ways import WAYS, Settings, Way
 
 CHOSEN = RESULTS / "locks_tuned.json"
@@ -62,7 +62,7 @@ FULL = Size(prompts=tuple(range(8)), seeds=4, others=14, pairs=4)
 
 
 def main() -> int:
-    """Tune, or measure, print the table and write benchmarks/results/locks.json."""
+    """Tune, or measure, print the tables and write benchmarks/results/locks.json and .md."""
     options = parse()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -76,12 +76,19 @@ def main() -> int:
         print(f"Wrote {CHOSEN}")
         return 0
     vectors = options.vectors or (3 if options.full else 1)
-    rows = measure(Bench(size), ways, options.things, vectors, chosen())
-    table = summary(rows)
-    print_table(table)
-    settings = {**vars(options), **asdict(size), "vectors": vectors}
-    path = write_results("locks", settings, [*table, *rows])
-    print(f"Wrote {path}")
+    used = chosen(ways)
+    rows = measure(Bench(size), ways, options.things, vectors, used)
+    settings = {
+        **vars(options),
+        **asdict(size),
+        "vectors": vectors,
+        "chosen": {way.name: asdict(used[way.name]) for way in ways},
+    }
+    path = write_results("locks", settings, rows)
+    parts = [table(part) for part in (summary(rows), by_thing(rows)) if part]
+    text = "\n\n".join([*parts, drawn(rows, size, vectors)]) + "\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(f"{text}\nWrote {path} and {path.with_suffix('.md')}")
     return 0
 
 
@@ -154,12 +161,14 @@ def best(tried: Iterable[Mapping[str, Any]]) -> Settings:
     return Settings(**{name: row[name] for name in asdict(Settings(0.0))})
 
 
-def chosen() -> dict[str, Settings]:
+def chosen(ways: Sequence[Way]) -> dict[str, Settings]:
     """What `tune` chose for each way."""
-    if not CHOSEN.exists():
-        sys.exit(f"expected {CHOSEN}, found none: run `python dev.py bench locks --tune` first")
-    found = json.loads(CHOSEN.read_text(encoding="utf-8"))
-    return {name: Settings(**each["chosen"]) for name, each in found.items()}
+    found = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.exists() else {}
+    missing = {way.mode for way in ways if way.name not in found}
+    if missing:
+        words = " ".join(sorted(missing))
+        sys.exit(f"no rates are chosen yet: run `python dev.py bench locks --tune --ways {words}`")
+    return {way.name: Settings(**found[way.name]["chosen"]) for way in ways}
 
 
 def measure(
@@ -183,20 +192,49 @@ def measure(
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The means of each way over things and seeds, then its likeness thing by thing."""
-    table = []
+    """The means of each way over things and vector seeds."""
+    means = []
     for name in dict.fromkeys(row["way"] for row in rows):
         own = [row for row in rows if row["way"] == name]
-        means: dict[str, Any] = {"way": name}
+        found: dict[str, Any] = {"way": name}
         for key in own[0]:
             if key not in ("way", "thing", "vector"):
-                found = [row[key] for row in own if row[key] is not None]
-                means[key] = round(statistics.mean(found), 3) if found else None
-        for thing in dict.fromkeys(row["thing"] for row in own):
-            likeness = [row["likeness"] for row in own if row["thing"] == thing]
-            means[thing] = round(statistics.mean(likeness), 3)
-        table.append(means)
-    return table
+                values = [row[key] for row in own if row[key] is not None]
+                found[key] = round(statistics.mean(values), 3) if values else "-"
+        found["bytes"] = round(found["bytes"])
+        means.append(found)
+    return means
+
+
+def by_thing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Likeness of each thing by each way, its range over the vector seeds, and twin minus LoRA."""
+    names = list(dict.fromkeys(row["way"] for row in rows))
+    twin, lora = (next(w.name for w in WAYS if w.mode == m) for m in ("twin_lock", "lora"))
+    lines = []
+    for thing in dict.fromkeys(row["thing"] for row in rows):
+        line: dict[str, Any] = {"likeness": thing}
+        means = {}
+        for name in names:
+            own = [r["likeness"] for r in rows if r["thing"] == thing and r["way"] == name]
+            means[name] = statistics.mean(own)
+            spread = f" ({min(own):.2f} to {max(own):.2f})" if len(own) > 1 else ""
+            line[name] = f"{means[name]:.2f}{spread}"
+        if twin in means and lora in means:
+            line["twin lock - LoRA"] = f"{means[twin] - means[lora]:+.2f}"
+        lines.append(line)
+    return lines
+
+
+def drawn(rows: Sequence[Mapping[str, Any]], size: Size, vectors: int) -> str:
+    """How many pictures the figures rest on."""
+    things = len({row["thing"] for row in rows})
+    counts = {
+        "settings": len(size.prompts) * size.seeds,
+        "other words": size.others,
+        "pairs in each order": size.pairs * size.seeds,
+    }
+    per = ", ".join(f"{count} pictures of {what}" for what, count in counts.items())
+    return f"{things} things x {vectors} vector seeds; for each way and each of these {per}."
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 (a) "bare": the model's forward and backward to its text encodings for the same pictures and noise,
     with nothing else: no text encoder, no edit, no optimiser. It takes turns with our whole step
-    inside one training run. With a small --latent the text encoder, which does not shrink with the
-    picture, has a share that it has not in real use: 512 pixels are --latent 64.
+    inside one training run. With twin lock our step encodes no text. With local lock and a small
+    --latent the text encoder, which does not shrink with the picture, has a share that it has not
+    in real use: 512 pixels are --latent 64.
 (b) ComfyUI's own Train LoRA node, rank 1, same pictures, effective batch, size and dtype, gradient
     checkpointing in neither (or, with --checkpointing, in both). Runs take turns; every run's first
     step, which loads, is left out.
@@ -81,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=PUBLISHED_CHANNELS)
     parser.add_argument("--latent", type=int, default=32, help="side of the latent picture")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--key-lock", choices=["twin", "local"], default="twin")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each that take turns")
     parser.add_argument("--steps", type=int, default=3, help="steps a run, the first not counted")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
@@ -171,7 +173,7 @@ class Bench:
         options = self.options
         size = f"{options.channels} channels, {options.latent} x {options.latent}"
         return {
-            "model": f"{self.family}, {size}, batch {options.batch}",
+            "model": f"{self.family}, {size}, batch {options.batch}, {options.key_lock} lock",
             "what": name,
             "s per step": seconds,
             "ratio": "-" if ratio is None else ratio,
@@ -183,7 +185,10 @@ class Bench:
         """A run of ours; with a list for it, every step is followed by a bare one."""
         options = self.options
         config = TrainingConfig(
-            **WORDS, steps=options.steps, batch_size=options.batch, learning_rate=1e-4
+            **WORDS,
+            steps=options.steps,
+            batch_size=options.batch,
+            mode="twin_lock" if options.key_lock == "twin" else "perfusion",
         )
         with self.view() as view:
             ends = self.ends()

@@ -17,7 +17,10 @@ def encode(clip: Any, prompts: list[str]) -> list:
         p: clip.encode_from_tokens_scheduled(clip.tokenize(p))[0] for p in dict.fromkeys(prompts)
     }
     tensor = torch.cat([rows[p][0] for p in prompts])
-    return [[tensor, {"pooled_output": torch.cat([rows[p][1]["pooled_output"] for p in prompts])}]]
+    # All that the text encoder says of the prompts, as ComfyUI's own nodes hand it on.
+    said = {key: value for _, more in rows.values() for key, value in more.items()}
+    said["pooled_output"] = torch.cat([rows[p][1]["pooled_output"] for p in prompts])
+    return [[tensor, said]]
 
 
 @torch.inference_mode()

@@ -29,26 +29,16 @@ PATTERN = ROOT / "workflows" / "api" / "01 train a concept.json"  # the small wo
 SUBJECT, FOLDER = "Bo the teddy", "my_bo"
 SIZE = 1700, 1760
 TURNED = 6  # EXIF: the photo was taken upright with a camera held sideways
-FRAME, CAPTION = 620, 40
+HEIGHT, CAPTION = 760, 40
 # Parts of the training after which a picture of the page is taken.
 MOMENTS = (0.2, 0.6)
+POLLING, PATIENCE = 300, 1_800_000  # milliseconds
+STEP = "() => document.querySelector('.perfusion-progress')?.innerText.split(' · ')[0] ?? 'begun'"
 
-# The page as a person would change it: another loader, and what suits the small world.
+# The page with what suits the small world, and ears for what happens.
 CHANGE = """async ([graph, name, changes]) => {
     await window.app.loadGraphData(graph, true, true, name, {openSource: "template"});
     const page = window.app.graph;
-    const old = page.nodes.find(node => node.type === "CheckpointLoaderSimple");
-    const loader = window.LiteGraph.createNode("PerfusionDemoModel");
-    page.add(loader);
-    loader.pos = [...old.pos];
-    loader.setSize([old.size[0], loader.size[1]]);
-    for (const [slot, output] of old.outputs.entries()) {
-        for (const id of [...(output.links ?? [])]) {
-            const link = page.links.get ? page.links.get(id) : page.links[id];
-            loader.connect(slot, page.getNodeById(link.target_id), link.target_slot);
-        }
-    }
-    page.remove(old);
     for (const [id, values] of Object.entries(changes)) {
         for (const [key, value] of Object.entries(values)) {
             const widget = page.getNodeById(id).widgets.find(widget => widget.name === key);
@@ -66,6 +56,19 @@ CHANGE = """async ([graph, name, changes]) => {
             window.perfusionEnd = [kind, event.detail.exception_message ?? ""];
         });
     }
+}"""
+# Left, top, right and bottom of a group on the screen, or of all of them.
+PLACE = """title => {
+    const {graph, canvas: {ds: {scale, offset}, canvas}} = window.app;
+    const groups = graph.groups.filter(group => !title || group.title === title);
+    const {left, top} = canvas.getBoundingClientRect();
+    const at = (place, from, side) => from + (place + offset[side]) * scale;
+    return [
+        at(Math.min(...groups.map(({pos}) => pos[0])), left, 0),
+        at(Math.min(...groups.map(({pos}) => pos[1])), top, 1),
+        at(Math.max(...groups.map(({pos, size}) => pos[0] + size[0])), left, 0),
+        at(Math.max(...groups.map(({pos, size}) => pos[1] + size[1])), top, 1),
+    ];
 }"""
 FIT = """() => {
     const {graph, canvas} = window.app;
@@ -129,6 +132,17 @@ def changes() -> dict[str, dict[str, Any]]:
     return found
 
 
+def with_small_model() -> dict[str, Any]:
+    """The page with the small world's model in the place of its checkpoint."""
+    graph = json.loads(TEMPLATE.read_text(encoding="utf-8"))
+    for node in graph["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            node["type"], node["title"] = "PerfusionDemoModel", "Load Demo Model: the model"
+            for key in ("widgets_values", "inputs", "properties"):
+                node.pop(key, None)
+    return graph
+
+
 def wired(value: object) -> bool:
     """Whether an input's value is a link."""
     return isinstance(value, list)
@@ -136,23 +150,27 @@ def wired(value: object) -> bool:
 
 def film(page: Page, folder: Path, name: str) -> list[tuple[str, Image.Image]]:
     """Pictures of the page before, while and after its run, each with what it shows."""
-    graph = json.loads(TEMPLATE.read_text(encoding="utf-8"))
-    page.evaluate(CHANGE, [graph, TEMPLATE.stem, changes()])
+    page.evaluate(CHANGE, [with_small_model(), TEMPLATE.stem, changes()])
     frames = [("2  the page, ready to run", shot(page, folder, f"{name}-2-before"))]
     page.evaluate("async () => { await window.app.queuePrompt(0); }")
-    for at, part in enumerate(MOMENTS):
+    for at, share in enumerate(MOMENTS):
         page.wait_for_function(
-            "part => window.perfusionStep >= part || window.perfusionEnd",
-            arg=part,
-            timeout=1_800_000,
+            "share => window.perfusionStep >= share || window.perfusionEnd",
+            arg=share,
+            polling=POLLING,
+            timeout=PATIENCE,
         )
-        text = f"{3 + at}  learning, {part:.0%}"
-        frames.append((text, shot(page, folder, f"{name}-{3 + at}-while")))
-    page.wait_for_function("() => window.perfusionEnd", timeout=1_800_000)
+        picture = shot(page, folder, f"{name}-{3 + at}-while")
+        frames.append((f"{3 + at}  {page.evaluate(STEP)}", part(page, picture, "Learn")))
+    page.wait_for_function("() => window.perfusionEnd", polling=POLLING, timeout=PATIENCE)
     kind, error = page.evaluate("() => window.perfusionEnd")
     if kind != "success":
         raise Failure(f"The page's workflow ended with {kind}: {error}")
-    frames.append(("5  learned, kept, and painted", shot(page, folder, f"{name}-5-after")))
+    picture = shot(page, folder, f"{name}-5-after")
+    frames.append(("5  learned", part(page, picture, "Learn")))
+    whole = part(page, picture)
+    whole.save(folder / f"five_photos_{name}.jpg", quality=88)  # docs/five_photos.jpg
+    frames.append(("6  kept, and painted", whole))
     return frames
 
 
@@ -161,27 +179,33 @@ def shot(page: Page, folder: Path, name: str) -> Image.Image:
     page.evaluate(FIT)
     page.wait_for_timeout(1500)
     file = folder / f"{name}.png"
-    page.screenshot(path=file)
+    # A browser that draws without a graphics card takes its time on a busy machine.
+    page.screenshot(path=file, timeout=PATIENCE)
     return Image.open(file).convert("RGB")
+
+
+def part(page: Page, picture: Image.Image, group: str = "") -> Image.Image:
+    """What a group of the page takes up in its screenshot; without a name, all of them."""
+    left, top, right, bottom = (round(side) for side in page.evaluate(PLACE, group))
+    return picture.crop((left, top, right, bottom))
 
 
 def strip(frames: list[tuple[str, Image.Image]]) -> Image.Image:
     """The frames side by side at one height, each under its caption."""
-    height = round(FRAME * SIZE[1] / SIZE[0])
-    small = [(text, fitted(picture, height)) for text, picture in frames]
+    small = [(text, fitted(picture)) for text, picture in frames]
     width = sum(picture.width + 10 for _, picture in small) + 10
-    sheet = Image.new("RGB", (width, height + CAPTION + 10), (24, 30, 30))
+    sheet = Image.new("RGB", (width, HEIGHT + CAPTION + 10), (24, 30, 30))
     pen, font, x = ImageDraw.Draw(sheet), ImageFont.load_default(20), 10
     for text, picture in small:
         pen.text((x + 4, CAPTION / 2), text, fill="white", font=font, anchor="lm")
-        sheet.paste(picture, (x, CAPTION + (height - picture.height) // 2))
+        sheet.paste(picture, (x, CAPTION + (HEIGHT - picture.height) // 2))
         x += picture.width + 10
     return sheet
 
 
-def fitted(picture: Image.Image, height: int) -> Image.Image:
-    """A picture at most FRAME wide and `height` high."""
-    scale = min(FRAME / picture.width, height / picture.height)
+def fitted(picture: Image.Image) -> Image.Image:
+    """A picture at most HEIGHT high."""
+    scale = min(1, HEIGHT / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
     return picture.resize(size, Image.Resampling.LANCZOS)
 
@@ -194,7 +218,11 @@ def main(arguments: list[str]) -> int:
         # A server of its own for each: the second would find everything in the first one's cache.
         with own_interface(SIZE, nodes2) as (page, server):
             photos = write_photos(server.base / "input" / FOLDER)
-            frames = [("1  five photos as files", photos), *film(page, folder, renderer)]
+            frames = [("1  photos as files", photos), *film(page, folder, renderer)]
+            (painted,) = (server.base / "output" / "perfusion").glob("*.png")
+            result = Image.open(painted).convert("RGB")
+            result = result.resize((384, 384), Image.Resampling.NEAREST)
+            frames.append(("7  the picture", result))
         target = folder / f"film-{renderer}.png"
         strip(frames).save(target)
         say(f"Wrote {target}")

@@ -56,7 +56,8 @@ class Agenda:
     @cached_property
     def scheduled(self) -> bool:
         """Whether anything depends on the moment."""
-        return any(concept.schedule is not None for concept in self.concepts)
+        schedules = [c.schedule for c in self.concepts if c.schedule is not None]
+        return not all(s.start == 0 and s.end == 1 and s.is_still for s in schedules)
 
     def basis(self, acting: Acting) -> Basis:
         """The directions of these concepts combined, in fp32 on the CPU.

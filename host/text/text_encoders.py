@@ -64,7 +64,8 @@ class TextEncoders:
 
         What pads to a length of its own, but attends to no padding, can do without: `padded`.
         """
-        tokens = self.clip.tokenize(prompt, **({} if padded else {"min_length": 1}))
+        lengths: dict[str, Any] = {} if padded else {"min_length": 1}
+        tokens = self.clip.tokenize(prompt, **lengths)
         return {
             name: [[token for token, *_ in section] for section in tokens[name]]
             for name in self.family.vectors

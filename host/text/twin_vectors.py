@@ -40,7 +40,8 @@ class SuperclassWords:
 def twin_seed(placeholder: str, encoder_name: str) -> int:
     """The seed of a placeholder's vector for one text encoder ("l", "g", ...).
 
-    Placeholders match whatever their case, so the seed does not depend on it.
+    A concept file has the placeholder in its metadata, and with it the seed. Placeholders match
+    whatever their case, so the seed does not depend on it.
     """
     digest = hashlib.sha256(f"{placeholder.lower()}\n{encoder_name}".encode()).digest()
     return int.from_bytes(digest[:8], "big")

@@ -15,7 +15,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
     There the backward passes of attention and convolutions may add in any order unless told
     otherwise. An operation that has no other way warns and goes on. On the CPU nothing is set:
-    what training runs there sums in a fixed order anyway.
+    what training runs there sums in a fixed order anyway, which depends on the number of threads.
     """
     if device.type != "cuda":
         yield

@@ -184,7 +184,10 @@ def _prepared(
     """The covariance, measured if need be, and the pictures, encoded."""
     covariance = material.statistics or built_in()
     if isinstance(covariance, CaptionSource):
-        covariance = covariance_with_progress(models.clip, covariance, model=models.model)
+        # Twin lock takes nothing from any token, so that its statistics need no padding, which some
+        # encoders pad to hundreds of tokens.
+        positions: Positions = "words" if config.mode == "twin_lock" else "all"
+        covariance = covariance_with_progress(models.clip, covariance, positions, models.model)
     versions = replace(options.images, seed=config.seed)
     pictures = encode_images(
         *(models.vae, material.images, material.masks, versions),

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..shapes import Weight
 from .low_rank import LowRank
 from .preserve import Preserved
-from .report import EditReport, measure_layer
+from .report import EditReport, layer_figures, layer_reports
 from .solver import SolvedEdit
 
 
@@ -31,16 +31,19 @@ def changes_of(
         ValueError: naming a projection of another width, or one that is not finite.
     """
     changes: dict[str, LowRank] = {}
-    layers = []
+    figures: list[Tensor] = []
     shared: dict[object, Tensor] = {}
     sample = preserved.sample if preserved else None
+    drifts = sample is not None and len(sample) > 0
     for name, weight in weights:
         try:
-            change = edit.factors(weight)
+            change = edit.factors_unread(weight)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        layers.append(measure_layer(name, weight, change, edit.sample, sample))
-        down = shared.setdefault(change.down.dtype, change.down.cpu())
-        changes[name] = LowRank(change.up.cpu(), down)
+        figures.append(layer_figures(weight, change, edit.sample, sample if drifts else None))
+        if change.down.dtype not in shared:
+            shared[change.down.dtype] = change.down.cpu()
+        changes[name] = LowRank(change.up.cpu(), shared[change.down.dtype])
+    layers = layer_reports(list(changes), figures, drifts)
     count = edit.count, edit.moved
-    return changes, EditReport(tuple(layers), count, edit.rank, edit.condition)
+    return changes, EditReport(layers, count, edit.rank, edit.condition)

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from ..shapes import Weight
 
+NOT_FINITE = (
+    "expected a projection of finite weights, found NaN or infinity; the checkpoint or a patch on "
+    "it is broken"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -37,8 +42,16 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm of the change, without making it."""
+        return float(self.norm_tensor())
+
+    def norm_tensor(self) -> Tensor:
+        """The norm as an fp64 scalar where the change is, which nobody waits for."""
         gram = (self.up.mT @ self.up).double() * (self.down @ self.down.mT).double()
-        return max(0.0, float(gram.sum())) ** 0.5
+        return gram.sum().clamp(min=0.0).sqrt()
+
+    def is_finite(self) -> Tensor:
+        """Whether it holds neither NaN nor infinity, as a scalar where the change is."""
+        return torch.isfinite(self.up).all()
 
     def scaled(self, strength: float) -> LowRank:
         """The change times a number."""

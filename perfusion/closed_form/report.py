@@ -11,7 +11,7 @@ from torch import Tensor
 from ..shapes import Weight
 from .constraints import Constraints
 from .even_sample import Rows
-from .low_rank import LowRank
+from .low_rank import NOT_FINITE, LowRank
 
 
 @dataclass(frozen=True)
@@ -80,38 +80,65 @@ class EditReport:
         return "\n".join(lines)
 
 
-def measure_layer(
-    name: str, weight: Weight, change: LowRank, asked: Constraints, preserved: Rows | None = None
-) -> LayerReport:
-    """Figures of one projection.
+def layer_figures(
+    weight: Weight, change: LowRank, asked: Constraints, preserved: Rows | None = None
+) -> Tensor:
+    """Figures of one projection, for `layer_reports` to read: a tensor, so that nobody waits.
 
     Args:
-        name: of the projection.
         weight: as it was before the change.
         change: of the weight.
         asked: the constraints to look at, each asking for a change.
         preserved: encodings to measure the drift on.
+
+    Returns:
+        (7,) fp64 where the change is: 1 for a finite change or 0, then the norms of dW, of W, of
+        what is not met, of what was asked for, of what moved and of what should have stayed.
     """
     inputs, targets = (rows.to(change.up) for rows in (asked.inputs, asked.targets))
     scale = asked.row_weights.sqrt().to(change.up)[:, None]
     kind = weight.detach().to(change.up)
     wanted = ((targets - inputs) @ kind.mT) * scale
     done = (inputs @ change.down.mT @ change.up.mT) * scale
-    drift = None
-    if preserved is not None and len(preserved):
-        rows = preserved.to(change.up)
-        drift = _ratio(rows @ change.down.mT @ change.up.mT, rows @ kind.mT)
-    return LayerReport(
-        name=name,
-        change=change.norm() / max(float(torch.linalg.vector_norm(kind)), 1e-30),
-        residual=_ratio(wanted - done, wanted),
-        drift=drift,
+    rows = change.down.new_zeros(1, kind.shape[1]) if preserved is None else preserved.to(change.up)
+    measured = kind, wanted - done, wanted, rows @ change.down.mT @ change.up.mT, rows @ kind.mT
+    norms = [torch.linalg.vector_norm(each).double() for each in measured]
+    return torch.stack([change.is_finite().double(), change.norm_tensor(), *norms])
+
+
+def layer_reports(
+    names: Sequence[str], figures: Sequence[Tensor], drifts: bool
+) -> tuple[LayerReport, ...]:
+    """Read the figures of all projections, a device once.
+
+    Args:
+        names: of the projections.
+        figures: (7,) each, as `layer_figures` gives them.
+        drifts: whether a drift was measured.
+
+    Raises:
+        ValueError: naming the first projection whose change is not finite.
+    """
+    if not names:
+        return ()
+    on_one = torch.stack([each.to(figures[0].device) for each in figures])
+    found: list[list[float]] = on_one.cpu().tolist()
+    for name, (finite, *_) in zip(names, found, strict=True):
+        if not finite:
+            raise ValueError(f"{name}: {NOT_FINITE}")
+    return tuple(
+        LayerReport(
+            name=name,
+            change=change / max(whole, 1e-30),
+            residual=_ratio(unmet, asked),
+            drift=_ratio(moved, kept) if drifts else None,
+        )
+        for name, (_, change, whole, unmet, asked, moved, kept) in zip(names, found, strict=True)
     )
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    size = float(torch.linalg.vector_norm(whole))
-    return float(torch.linalg.vector_norm(part)) / size if size else 0.0
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def _range(values: list[float]) -> str:

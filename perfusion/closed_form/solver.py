@@ -42,7 +42,7 @@ from .linear_system import (
     largest,
     largest_inverse,
 )
-from .low_rank import LowRank
+from .low_rank import NOT_FINITE, LowRank
 
 # What is left out of the shared factors because no fp32 weight could hold it, relative to |M|.
 _NEGLIGIBLE = 1e-7
@@ -86,6 +86,17 @@ class SolvedEdit:
         Raises:
             ValueError: for a weight of another width and for one that holds NaN or infinity.
         """
+        change = self.factors_unread(weight)
+        if not bool(change.is_finite()):
+            raise ValueError(NOT_FINITE)
+        return change
+
+    def factors_unread(self, weight: Weight) -> LowRank:
+        """`factors` without a look at the numbers, for which a device would have to be waited for.
+
+        Raises:
+            ValueError: for a weight of another width.
+        """
         if weight.ndim != 2 or weight.shape[1] != self.width:
             raise ValueError(
                 f"expected a projection (d, {self.width}), found {tuple(weight.shape)}; "
@@ -93,12 +104,6 @@ class SolvedEdit:
             )
         kind = torch.promote_types(weight.dtype, torch.float32)
         up = weight.detach().to(kind) @ self.left.to(weight.device, kind)
-        # Cheaper than to look at the weight itself.
-        if not bool(torch.isfinite(up).all()):
-            raise ValueError(
-                "expected a projection of finite weights, found NaN or infinity; "
-                "the checkpoint or a patch on it is broken"
-            )
         return LowRank(up, self.right.to(weight.device, kind))
 
 

@@ -86,7 +86,7 @@ class Concept:
 
     @cached_property
     def energy(self) -> float:
-        """``i . u``, in fp64."""
+        """``i . u``, in fp64; as a file says it where the concept comes from one."""
         return float(self.i.to("cpu", torch.float64) @ self.u.to("cpu", torch.float64))
 
     def with_gate(
@@ -123,6 +123,10 @@ class Concept:
         metadata = {**self.metadata, **entries}
         _check_thumbnail(metadata)
         return self._with(metadata=metadata)
+
+    def with_energy(self, energy: float) -> Concept:
+        """The same concept with ``i . u`` as it was before u was rounded to fp32."""
+        return self._with(energy=energy)
 
     def direction(self) -> Direction:
         """The gate and direction `rank_one` works with, named after the placeholder."""

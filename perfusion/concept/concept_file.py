@@ -135,7 +135,8 @@ def decode(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         "metadata": {key: value for key, value in metadata.items() if key not in _OWN_KEYS},
     }
     try:
-        return Concept(**fields)
+        # The file's own, so that saving what was loaded writes the very same number.
+        return Concept(**fields).with_energy(energy)
     except ValueError as error:
         raise FileFormatError(f"{path}: {error}") from error
 

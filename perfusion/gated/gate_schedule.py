@@ -38,6 +38,11 @@ class GateSchedule:
         for bias, temperature in zip(self.bias, self.temperature, strict=True):
             Gate(bias, temperature)
 
+    @property
+    def is_still(self) -> bool:
+        """Whether the gate is the same all through the range."""
+        return len(set(self.bias)) == len(set(self.temperature)) == 1
+
     def gate(self, progress: float) -> tuple[float, float]:
         """Bias and temperature at a part of the sampling; beyond the range those of its ends."""
         part = (progress - self.start) / (self.end - self.start)

@@ -1,6 +1,7 @@
 """The small world's model: real ComfyUI objects that draw what captions say."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from comfyui_perfusion.demo.generate import generate  # noqa: E402
 from comfyui_perfusion.demo.judge import load_judge  # noqa: E402
 from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
 from comfyui_perfusion.demo.world import WEIGHTS, world_weights  # noqa: E402
+from comfyui_perfusion.host.files.concept_files import SHIPPED  # noqa: E402
+from comfyui_perfusion.host.injection.apply import apply_concepts  # noqa: E402
+from comfyui_perfusion.perfusion import load_concept  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,18 @@ def test_weights_of_another_shape_are_refused_with_a_remedy() -> None:
     weights.pop("unet.out.2.weight")
     with pytest.raises(ValueError, match=r"UNet.*out\.2\.weight.*same release"):
         load_small_model(weights)
+
+
+def test_plain_words_drawn_with_a_concept_are_not_taken_for_a_forgotten_text_encoder(
+    model: tuple, caplog: pytest.LogCaptureFixture
+) -> None:
+    patcher, clip, vae = model
+    concept = load_concept(SHIPPED / "bo.safetensors")
+    applied, words = apply_concepts(patcher, clip, [concept], "twin")
+    with caplog.at_level(logging.WARNING, "perfusion"):
+        generate(applied, words, vae, ["a photo of a mug"], seed=0)
+    assert "no prompt says <bo>" in caplog.text
+    assert "no prompt was encoded" not in caplog.text
 
 
 def test_the_vae_brings_a_rendering_back(model: tuple) -> None:

@@ -28,6 +28,7 @@ from comfy import (  # noqa: E402
 from comfy.cldm.cldm import ControlNet as ControlNetwork  # noqa: E402
 from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
+from comfyui_perfusion.host.interface import messages  # noqa: E402
 from comfyui_perfusion.host.models.families import cross_attentions, family_of  # noqa: E402
 from comfyui_perfusion.perfusion import Concept, edit_projection  # noqa: E402
 from comfyui_perfusion.perfusion.gated.gate import Gate  # noqa: E402
@@ -357,6 +358,12 @@ def _concepts_elsewhere(tmp_path_factory):
     folder_paths.folder_names_and_paths["perfusion"] = ([place, *paths[1:]], extensions)
     yield
     folder_paths.folder_names_and_paths["perfusion"] = (paths, extensions)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet():
+    """A warning of one test, given once for each run of a node, is news to the next."""
+    messages._said.clear()
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from comfyui_perfusion.host.text.twin import untwined
 from comfyui_perfusion.perfusion import edit_projection
 
 import nodes as comfy_nodes
+from tests.host.twin_oracle import oracle
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 PROMPT = "a <a> and <b>, on the (beach:1.2)"
@@ -220,6 +221,45 @@ def test_concepts_and(worlds, name, family):
     for layer in cross_attentions(model.model):
         assert "forward" not in vars(layer.to_k)
         assert "forward" not in vars(layer.to_v)
+
+
+# Compiling and an attn2_patch, which puts other encodings in the place of those that the table of
+# twins holds, are in test_twin_lock_in_the_host.
+ELSEWHERE = {"attn2 patch", "compiled after", "compiled before"}
+
+
+@pytest.mark.parametrize("name", sorted(CELLS.keys() - ELSEWHERE))
+def test_twin_locked_concepts_and(worlds, name):
+    cell, family, kind = CELLS[name], "sd1", "sd1_light"
+    model = worlds.model(kind) if cell.new_model is None else cell.new_model(worlds, family)
+    concepts = [worlds.concept(kind, 0, "<a>"), worlds.concept(kind, 1, "<b>", strength=0.7)]
+    sampling = {"steps": 1, **cell.sampling}
+    comfy.model_management.unload_all_models()
+    stored = worlds.state(model)
+    lora = lora_of(worlds, model) if cell.lora else None
+
+    base, stock = cell.before(worlds, family, model), worlds.clip(family)
+    patched, clip = apply_concepts(base, stock, concepts, "twin")
+    conds = cell.conds(worlds, family, worlds.encode(clip, PROMPT), worlds.encode(clip, "a cat"))
+    pairs = [untwined(c) for each in conds for c, _ in each]
+    pure = cell.pure(worlds, family, oracle(worlds, model, concepts, pairs, lora=lora))
+
+    untouched = worlds.sample_conds(base, *conds, **sampling)
+    after = cell.after(worlds, family, patched)
+    found = worlds.sample_conds(after, *conds, **sampling)
+    assert_close(found, worlds.sample_conds(pure, *conds, **sampling))
+    assert not torch.allclose(found, untouched, atol=1e-3)
+
+    # A prompt that names no concept is drawn to the last bit as without any.
+    plain = [worlds.encode(stock, text) for text in ("a cat", "a mug")]
+    bare = cell.after(worlds, family, base)
+    expected = worlds.sample_conds(bare, *cell.conds(worlds, family, *plain), **sampling)
+    after = cell.after(worlds, family, patched)
+    assert torch.equal(
+        worlds.sample_conds(after, *cell.conds(worlds, family, *plain), **sampling), expected
+    )
+    comfy.model_management.unload_all_models()
+    assert same_bits(worlds.state(model), stored)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import comfy.model_management
 import pytest
@@ -17,10 +16,10 @@ from comfyui_perfusion.perfusion import GateSchedule
 from comfyui_perfusion.perfusion.gated.twin_lock import (
     named_tokens,
     open_twin_gates,
-    twin_projection,
 )
 
 import nodes as comfy_nodes
+from tests.host.twin_oracle import oracle
 
 FAMILY = "sd1_light"
 PROMPT = "a <a> and (<b>:1.3), on the beach"
@@ -45,34 +44,6 @@ def applied(worlds, two):
 def assert_close(found, expected):
     scale = float(expected.abs().max())
     torch.testing.assert_close(found / scale, expected / scale, **CLOSE)
-
-
-def oracle(worlds, model, concepts, pairs, acting=lambda layer, concept: True):
-    """A UNet that reads twins, with values by the pure function of a table of (e, t), (1, N, D)."""
-    pure = worlds.pure(model, [])
-
-    def pair_of(row):
-        for prompt, twin in pairs:
-            # ComfyUI repeats a shorter conditioning to the length of a longer one.
-            times, rest = divmod(len(row), twin.shape[1])
-            if rest == 0 and torch.equal(twin[0].repeat(times, 1), row):
-                return prompt[0].repeat(times, 1), twin[0].repeat(times, 1)
-        raise AssertionError("the model reads something else than a twin")
-
-    def values(weight, name, context):
-        chosen = [concept for concept in concepts if acting(name, concept)]
-        if not chosen:
-            return torch.nn.functional.linear(context, weight)
-        outputs = torch.stack([concept.o_v[name] for concept in chosen])
-        directions = [concept.direction() for concept in chosen]
-        rows = [twin_projection(weight, *pair_of(row), directions, outputs) for row in context]
-        return torch.stack(rows)
-
-    for layer in cross_attentions(pure.model):
-        weight = layer.to_k.weight
-        layer.to_k.forward = functools.partial(torch.nn.functional.linear, weight=weight)
-        layer.to_v.forward = functools.partial(values, layer.to_v.weight, layer.name)
-    return pure
 
 
 def seen_rows(model, positive, negative, worlds):

@@ -189,6 +189,19 @@ def test_what_cannot_be_trained_on_is_said_before_any_work(
     assert not (folder / "runs").exists()
 
 
+def test_locks_that_change_something_at_every_token_count_every_token(small, folder, monkeypatch):
+    counted = []
+
+    def found(clip, source, on_progress, positions, model):
+        counted.append(positions)
+        return small.covariance
+
+    monkeypatch.setattr("comfyui_perfusion.host.training.train.covariance_of", found)
+    for lock in ("local", "twin"):
+        small.run_node(covariance=None, key_lock=[lock])
+    assert counted == ["all", "words"]
+
+
 def limit(monkeypatch, most):
     """Let the device have no room for more than so many pictures at once."""
     errors = TrainingView.errors

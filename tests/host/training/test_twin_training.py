@@ -13,8 +13,8 @@ from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.host.models.native_loss import schedule
 from comfyui_perfusion.host.text.placeholders import serve_vectors
-from comfyui_perfusion.host.text.twin_vectors import served_rows, superclass_words
-from comfyui_perfusion.perfusion import Direction, save_concept
+from comfyui_perfusion.host.text.twin_vectors import served_rows, superclass_words, twin_vector
+from comfyui_perfusion.perfusion import Direction, load_concept, save_concept
 from comfyui_perfusion.perfusion.gated.gate import Gate
 from comfyui_perfusion.perfusion.gated.twin_lock import (
     TwinProjections,
@@ -226,6 +226,25 @@ def test_a_twin_training_that_is_cut_off_goes_on_to_the_same_file(small, folder,
     longer = small.run(TWIN, sample_every=0)
     assert "continued from step 2" in longer.report
     assert file_of(longer.concept, folder) == file_of(whole.concept, folder)
+
+
+def test_a_concept_file_says_of_which_seed_its_vector_is(small, folder):
+    trained = small.run(TWIN, sample_every=0).concept
+    kept = load_concept(save_concept(trained, folder / "concept.safetensors", torch.float32))
+    words = superclass_words(small.clip, kept.superclass)
+    for name, vector in kept.embeddings.items():
+        drawn = twin_vector(kept.placeholder, name, words[name].rows[-1])
+        assert torch.equal(vector, drawn)
+        other = twin_vector("<bo-2>", name, words[name].rows[-1])
+        assert abs(float(torch.cosine_similarity(vector, other, dim=0))) < 0.5
+
+
+def test_the_published_locks_start_at_the_vector_of_that_seed(small, folder):
+    with view_of((small.model, small.clip, small.vae, small.images)) as view:
+        start = view.random_embeddings()
+        words = superclass_words(small.clip, "coffee mug")
+        for name, vector in start.items():
+            assert torch.equal(vector, twin_vector("<thing>", name, words[name].rows[-1]))
 
 
 def test_the_node_trains_with_the_lock_that_is_chosen(small, folder):

@@ -59,6 +59,20 @@ def test_saving_what_was_loaded_changes_nothing_more(small_concept, tmp_path):
     assert second.metadata == first.metadata
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_file_that_is_loaded_and_saved_again_and_again_stays_the_same(
+    sd1_concept, dtype, tmp_path
+):
+    path = save_concept(sd1_concept, tmp_path / "a.safetensors", dtype)
+    path = save_concept(load_concept(path), tmp_path / "b.safetensors", dtype)
+    for again in ("c", "d"):
+        newest = save_concept(
+            load_concept(path).with_gate(strength=1.0), tmp_path / f"{again}.safetensors", dtype
+        )
+        assert newest.read_bytes() == path.read_bytes()
+    assert load_concept(path).energy == sd1_concept.energy
+
+
 def test_an_sd15_concept_takes_at_most_32_kb(sd1_concept, tmp_path):
     assert sum(sd1_concept.layers.values()) == 12_480
     assert len(sd1_concept.layers) == 16
