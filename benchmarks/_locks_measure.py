@@ -14,11 +14,8 @@ from inprocess import load_pack
 
 load_pack()
 
-from comfyui_perfusion.host.text.covariance import measure_covariance  # noqa: E402
-from comfyui_perfusion.perfusion import Covariance  # noqa: E402
-from comfyui_perfusion.perfusion.training.config import Mode, counted_positions  # noqa: E402
+from comfyui_perfusion.perfusion.training.config import Mode  # noqa: E402
 
-from demo.captions import sample_captions  # noqa: E402
 from demo.classes import CLASS_NAMES  # noqa: E402
 from demo.fidelity import (  # noqa: E402
     half,
@@ -28,7 +25,7 @@ from demo.fidelity import (  # noqa: E402
     single_scale,
     to_judge,
 )
-from demo.measure import PAIR_PROMPTS, PROMPTS  # noqa: E402
+from demo.measure import PAIR_PROMPTS, PROMPTS, Covariances  # noqa: E402
 from demo.things import Look, look_of, superclass_of  # noqa: E402
 
 from ._small_world import World  # noqa: E402
@@ -62,7 +59,7 @@ class Bench:
     def __init__(self, size: Size) -> None:
         self.size = size
         self.world = World()
-        self._covariances: dict[str, Covariance] = {}
+        self._covariances = Covariances(self.world.clip)
         self._learned: dict[object, Learned] = {}
         self._plain: dict[object, Tensor] = {}
 
@@ -74,18 +71,9 @@ class Bench:
         """What a way makes of a thing, once for all locks that share a training."""
         key = way.mode, thing, settings, seed
         if key not in self._learned:
-            covariance = self._covariance(way)
+            covariance = self._covariances.of(cast(Mode, way.mode))
             self._learned[key] = teach(self.world, covariance, way, thing, settings, seed)
         return self._learned[key]
-
-    def _covariance(self, way: Way) -> Covariance:
-        """Statistics of the tokens that this way counts, measured once."""
-        positions = counted_positions(cast(Mode, way.mode))
-        if positions not in self._covariances:
-            self._covariances[positions] = measure_covariance(
-                self.world.clip, sample_captions(600), positions=positions
-            )
-        return self._covariances[positions]
 
     def row(
         self, way: Way, thing: str, second: str, settings: Settings, seed: int

@@ -12,39 +12,18 @@ from comfy import model_base, model_patcher, sd  # noqa: E402
 from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfy.text_encoders import anima  # noqa: E402
 
+from ._structures import PREDICT2  # noqa: E402
+
 BLOCKS = 2  # of 28: every further one costs the same, with the pack and without
 TOKENS = 512
 """What Anima pads its text to."""
-
-# What ComfyUI detects of the published checkpoint, except for the number of blocks.
-_NETWORK = {
-    "image_model": "anima",
-    "max_img_h": 240,
-    "max_img_w": 240,
-    "max_frames": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_spatial": 2,
-    "patch_temporal": 1,
-    "model_channels": 2048,
-    "num_heads": 16,
-    "concat_padding_mask": True,
-    "crossattn_emb_channels": 1024,
-    "pos_emb_cls": "rope3d",
-    "pos_emb_learnable": True,
-    "min_fps": 1,
-    "max_fps": 30,
-    "use_adaln_lora": True,
-    "adaln_lora_dim": 256,
-    "extra_per_block_abs_pos_emb": False,
-}
 
 
 def random_anima(
     blocks: int, device: torch.device, dtype: torch.dtype
 ) -> model_patcher.ModelPatcher:
     """A MODEL of Anima's shape whose weights are noise of a plausible scale."""
-    config = supported.Anima({**_NETWORK, "num_blocks": blocks})
+    config = supported.Anima({**PREDICT2, "image_model": "anima", "num_blocks": blocks})
     config.set_inference_dtype(dtype, None)
     base = model_base.Anima(config, device=device)
     generator = torch.Generator(device).manual_seed(0)

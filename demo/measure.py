@@ -35,6 +35,7 @@ from comfyui_perfusion.perfusion import (  # noqa: E402
     load_concept,
     train_concept,
 )
+from comfyui_perfusion.perfusion.gated.covariance import Positions  # noqa: E402
 from comfyui_perfusion.perfusion.training.config import Mode, counted_positions  # noqa: E402
 
 from .captions import sample_captions  # noqa: E402
@@ -73,13 +74,30 @@ PAIR_PROMPTS = tuple(
 )
 
 
+class Covariances:
+    """Statistics of a text encoder's encodings, by the tokens that are counted; measured once."""
+
+    def __init__(self, clip: Any) -> None:
+        self._clip = clip
+        self._measured: dict[Positions, Covariance] = {}
+
+    def of(self, mode: Mode) -> Covariance:
+        """Those that a training of this mode takes."""
+        positions = counted_positions(mode)
+        if positions not in self._measured:
+            self._measured[positions] = measure_covariance(
+                self._clip, sample_captions(600), positions=positions
+            )
+        return self._measured[positions]
+
+
 class World:
     """The small world's model with what measuring needs of it."""
 
     def __init__(self) -> None:
         self.model, self.clip, self.vae = load_small_model(world_weights())
         self.judge: Judge = load_judge(WEIGHTS / "judge.safetensors")
-        self._covariances: dict[str, Covariance] = {}
+        self.covariance = Covariances(self.clip).of
 
     def train(self, subject: str, config: TrainingConfig, count: int = 5) -> Concept:
         """A concept trained as the node does it."""
@@ -88,15 +106,6 @@ class World:
         shown = encode_images(self.vae, [images], [masks])
         with training_view(self.model, self.clip, shown, *words) as view:
             return train_concept(view, config, self.covariance(config.mode)).concept
-
-    def covariance(self, mode: Mode) -> Covariance:
-        """Statistics of the encodings, of the tokens that a training counts; measured once."""
-        positions = counted_positions(mode)
-        if positions not in self._covariances:
-            self._covariances[positions] = measure_covariance(
-                self.clip, sample_captions(600), positions=positions
-            )
-        return self._covariances[positions]
 
     def pictures(self, concepts: list[Concept], prompts: list[str], seed: int) -> Tensor:
         """Pictures of prompts with these concepts, uint8 (n, 3, 64, 64)."""

@@ -22,6 +22,7 @@ from comfy.ldm.anima.model import LLMAdapter
 from comfy.text_encoders import anima, cosmos, lt, pixart_t5, wan
 from comfyui_perfusion.host.models.families import FAMILIES, Family, family_named
 
+from benchmarks._structures import PREDICT2
 from tests.host.closed_form.joint_models import (
     CPU,
     LANGUAGE,
@@ -111,32 +112,6 @@ def _ltxv_clip() -> sd.CLIP:
     return build_clip(lt.LTXVT5Tokenizer, lt.ltxv_te(), {"t5xxl": T5})
 
 
-COSMOS = {
-    "image_model": "cosmos_predict2",
-    "max_img_h": 240,
-    "max_img_w": 240,
-    "max_frames": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_spatial": 2,
-    "patch_temporal": 1,
-    "model_channels": 2048,
-    "concat_padding_mask": True,
-    "crossattn_emb_channels": 1024,
-    "pos_emb_cls": "rope3d",
-    "pos_emb_learnable": True,
-    "pos_emb_interpolation": "crop",
-    "min_fps": 1,
-    "max_fps": 30,
-    "use_adaln_lora": True,
-    "adaln_lora_dim": 256,
-    "num_blocks": 28,
-    "num_heads": 16,
-    "extra_per_block_abs_pos_emb": False,
-    "rope_h_extrapolation_ratio": 4.0,
-    "rope_w_extrapolation_ratio": 4.0,
-    "rope_t_extrapolation_ratio": 1.0,
-}
 SMALL_COSMOS = {
     "model_channels": 64,
     "num_blocks": 2,
@@ -193,16 +168,16 @@ SMALL_LTXV = {
 CROSS: dict[str, Cross] = {
     "cosmos_predict2": Cross(
         supported.CosmosT2IPredict2,
-        {**COSMOS, **SMALL_COSMOS},
-        COSMOS,
+        {**PREDICT2, **SMALL_COSMOS},
+        PREDICT2,
         model_base.CosmosPredict2,
         _cosmos_clip,
         (28, 2048),
     ),
     "anima": Cross(
         supported.Anima,
-        {**COSMOS, **SMALL_COSMOS, "image_model": "anima"},
-        {**COSMOS, "image_model": "anima"},
+        {**PREDICT2, **SMALL_COSMOS, "image_model": "anima"},
+        {**PREDICT2, "image_model": "anima"},
         model_base.Anima,
         _anima_clip,
         (28, 2048),

@@ -15,7 +15,7 @@ import torch
 from comfy.ldm.audio.embedders import NumberConditioner
 from comfy.model_base import BaseModel
 
-from benchmarks._structures import DEEP, STRUCTURES, UNET
+from benchmarks._structures import DEEP, PREDICT2, STRUCTURES, UNET
 
 META = torch.device("meta")
 
@@ -129,27 +129,6 @@ COSMOS = {
     "adaln_lora_dim": 256,
     "extra_per_block_abs_pos_emb": True,
     "extra_per_block_abs_pos_emb_type": "learnable",
-}
-PREDICT2 = {
-    "max_img_h": 240,
-    "max_img_w": 240,
-    "max_frames": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_spatial": 2,
-    "patch_temporal": 1,
-    "model_channels": 2048,
-    "num_blocks": 28,
-    "num_heads": 16,
-    "concat_padding_mask": True,
-    "crossattn_emb_channels": 1024,
-    "pos_emb_cls": "rope3d",
-    "pos_emb_learnable": True,
-    "min_fps": 1,
-    "max_fps": 30,
-    "use_adaln_lora": True,
-    "adaln_lora_dim": 256,
-    "extra_per_block_abs_pos_emb": False,
 }
 NEXTDIT = {"patch_size": 2, "in_channels": 16, "qk_norm": True}
 LUMINA = {
