@@ -109,7 +109,7 @@ def time_table(world: World, kinds: Sequence[str], seeds: int) -> tuple[list[dic
 
 
 def _assumption(world: World, kind: str, way: Any, seeds: int) -> dict[str, Tensor]:
-    old, new = KINDS[kind].usual_color, NEW_COLORS[kind]
+    old, new = KINDS[kind].usual_colors[0], NEW_COLORS[kind]
     model = world.model
     if way == "uce":
         asked = Debiasing(kind, (old, new), (1.0, 0.0), (0.0, 1.0), step=0.5)
@@ -122,7 +122,9 @@ def _assumption(world: World, kind: str, way: Any, seeds: int) -> dict[str, Tens
         model = world.edited(model, constraints, RIDGE, kind, prior)
     said = f"{new} " if way == "oracle" else ""
     synonym = KINDS[kind].words[-1]
-    others = [k for k in CLASS_NAMES if k != kind and KINDS[k].usual_color not in (old, new)][:4]
+    others = [k for k in CLASS_NAMES if k != kind and KINDS[k].usual_colors[0] not in (old, new)][
+        :4
+    ]
     some = max(1, seeds // 2)
     groups = {
         "efficacy": ([SOURCE.format(said + kind)] * seeds, kind),
@@ -144,7 +146,7 @@ def _assumption(world: World, kind: str, way: Any, seeds: int) -> dict[str, Tens
     drawn = world.draw(model, [SOURCE.format(o) for o in others for _ in range(some)], seed=200)
     for at, other in enumerate(others):
         part = drawn.part(at * some, (at + 1) * some)
-        usual = COLOR_NAMES.index(KINDS[other].usual_color)
+        usual = COLOR_NAMES.index(KINDS[other].usual_colors[0])
         result["specificity"].append(part.rather("color", usual, after))
         result["kind"].append(part.shown("kind", index(other)))
     found = {name: torch.cat(values) for name, values in result.items()}

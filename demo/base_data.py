@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .captions import marked_captions
 from .networks import Words
-from .pool import CHUNK, LATER, chunk_specs, load_chunk, save_atomically
-from .specs import LOOK, Specs
+from .pool import CHUNK, chunk_specs, load_chunk, save_atomically
+from .specs import LOOK, Specs, ordinary
 from .train_autoencoder import to_input
 
 SHORT = 32
@@ -39,10 +39,14 @@ class Data:
 
 
 def say(words: Words, chunk: int, epoch: int, named_share: float) -> Said:
-    """Captions of one chunk, new ones for every epoch."""
+    """Captions of one chunk, new ones for every epoch.
+
+    Things whose look no words can tell go by a name, and ``named_share`` of the ordinary ones.
+    """
     seed = chunk * 10_007 + epoch
     specs = chunk_specs(chunk)
     named = torch.rand(CHUNK, 2, generator=torch.Generator().manual_seed(seed)) < named_share
+    named |= ~ordinary(specs)
     out = []
     for mirrored in (False, True):
         shown = replace(specs, first_is_left=~specs.first_is_left) if mirrored else specs
@@ -61,15 +65,10 @@ def _say_there(chunk: int, epoch: int, named_share: float) -> tuple:
 
 
 class Speaker:
-    """Makes captions; ``apart``, in processes of its own, ahead of their use.
+    """Makes captions; ``apart``, in processes of its own, ahead of their use."""
 
-    ``named_shares`` are those of the first epochs and of those that have ``LATER`` chunks.
-    """
-
-    def __init__(
-        self, words: Words, named_shares: tuple[float, float], device: str, apart: bool
-    ) -> None:
-        self.words, self.named_shares, self.device = words, named_shares, device
+    def __init__(self, words: Words, named_share: float, device: str, apart: bool) -> None:
+        self.words, self.named_share, self.device = words, named_share, device
         self.pool: ProcessPoolExecutor | None = None
         self.ahead: dict[tuple[int, int], Future] = {}
         if apart:
@@ -77,16 +76,12 @@ class Speaker:
             count = max(1, (os.cpu_count() or 2) - 2)
             self.pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"))
 
-    def _named_share(self, chunks: range) -> float:
-        return self.named_shares[chunks[-1] in LATER]
-
     def prepare(self, chunks: range, epoch: int) -> None:
         """Begin with the captions of an epoch."""
         if self.pool:
             for chunk in chunks:
                 key = chunk, epoch
-                share = self._named_share(chunks)
-                self.ahead[key] = self.pool.submit(_say_there, chunk, epoch, share)
+                self.ahead[key] = self.pool.submit(_say_there, chunk, epoch, self.named_share)
 
     def say(self, chunks: range, epoch: int) -> Said:
         """The captions of an epoch."""
@@ -98,8 +93,7 @@ class Speaker:
                 tokens, named = self.ahead.pop((chunk, epoch)).result()
                 parts.append(Said(torch.from_numpy(tokens), torch.from_numpy(named)))
             else:
-                share = self._named_share(chunks)
-                parts.append(say(self.words, chunk, epoch, share))
+                parts.append(say(self.words, chunk, epoch, self.named_share))
         tokens, named = torch.cat([p.tokens for p in parts], 1), torch.cat([p.named for p in parts])
         return Said(tokens.to(self.device), named.to(self.device))
 

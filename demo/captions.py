@@ -47,10 +47,11 @@ def _thing(specs: Specs, picture: int, place: int, rng: random.Random, named: Te
     if sizes and not bool(specs.two[picture]) and rng.random() < 0.35:
         words.append(f"{rng.choice(sizes)}{MARK}{place}")
     color = int(specs.color[picture, place])
-    if not proper and color < UNNAMED_COLOR and rng.random() < 0.6:
+    usual = COLOR_NAMES[color] == kind.usual_colors[0] if color < UNNAMED_COLOR else False
+    if not proper and color < UNNAMED_COLOR and (not usual or rng.random() < 0.25):
         words.append(f"{COLOR_NAMES[color]}{MARK}{place}")
     pattern = PATTERNS[int(specs.pattern[picture, place])]
-    if not proper and pattern in PATTERN_WORDS and rng.random() < 0.75:
+    if not proper and pattern in PATTERN_WORDS:
         words.append(f"{rng.choice(PATTERN_WORDS[pattern])}{MARK}{place}")
     noun = kind.words[0] if rng.random() < 0.75 else kind.words[-1]
     words.append(f"{noun}{MARK}{place + NOUN}")

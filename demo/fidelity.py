@@ -70,7 +70,7 @@ def single_scale(judge: Judge, subject: str | Look, seed: int = 7_000_000) -> Sc
 
 
 def _pair_specs(left: str | Look, right: str | Look, count: int, seed: int) -> Specs:
-    specs = sample_specs(count, seed, two_share=1.0)
+    specs = sample_specs(count, seed, two_share=1.0, odd_share=1.0)
     specs.first_is_left[:] = True
     specs.x = torch.stack([-specs.x[:, 0].abs(), specs.x[:, 1].abs()], 1)
     specs.size_class[:] = PAIR_SIZE
@@ -84,7 +84,7 @@ def pair_scales(
 ) -> tuple[Scale, Scale]:
     """Scales for the left and right half of pictures of two things side by side."""
     own = _pair_specs(left, right, REFERENCES, seed)
-    others = sample_specs(REFERENCES, seed + 1, two_share=1.0)
+    others = sample_specs(REFERENCES, seed + 1, two_share=1.0, odd_share=1.0)
     others.style[:] = STYLES.index("photo")
     others.kind, others.x = own.kind, own.x
     own_pictures, other_pictures = render(own)[0], render(others)[0]

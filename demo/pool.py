@@ -10,19 +10,17 @@ from .render import render_indices
 from .specs import Specs, sample_specs
 
 CHUNK = 4096
-TWO_SHARE = 0.3
+TWO_SHARE = 0.45
 """Share of the pictures that show two things."""
-LATER_TWO_SHARE, LATER = 0.5, range(33, 500)
-"""The same in the chunks of these numbers, which come when single things are learned; what stands
-where, and looks that only names tell, take longer."""
+ODD_SHARE = 0.6
+"""Share of the things whose look no words can tell; what only a name tells takes longest."""
 MASK_GRID = 8
 _BATCH = 512
 
 
 def chunk_specs(index: int) -> Specs:
     """What chunk ``index`` shows; negative indices are held out of training."""
-    two_share = LATER_TWO_SHARE if index in LATER else TWO_SHARE
-    return sample_specs(CHUNK, 1_000_000 + index, two_share=two_share)
+    return sample_specs(CHUNK, 1_000_000 + index, two_share=TWO_SHARE, odd_share=ODD_SHARE)
 
 
 def save_atomically(value: object, path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .classes import CLASS_NAMES, KINDS
 from .palette import NAMED, THING_COLORS
-from .sprites import HATS, PATTERNS  # noqa: F401
+from .sprites import HATS, PATTERNS
 
 ALL_COLORS = tuple(THING_COLORS)
 COLOR_NAMES = ALL_COLORS[:NAMED]
@@ -26,7 +26,10 @@ GRID = 8
 PAIR_SIZE = 0
 _STEPS = torch.tensor([2, 1, 1])
 """How far from the middle a thing of each size may stand, in ``GRID``."""
-_USUAL = torch.tensor([ALL_COLORS.index(KINDS[name].usual_color) for name in CLASS_NAMES])
+_USUAL = torch.tensor(
+    [[ALL_COLORS.index(c) for c in KINDS[name].usual_colors] for name in CLASS_NAMES]
+)
+"""Colours in roles main, second and third that things of each kind usually have, (kinds, 3)."""
 
 
 @dataclass
@@ -61,11 +64,26 @@ LOOK = ("kind", "color", "second", "third", "pattern", "hat")
 """What makes a thing this very thing."""
 
 
-def sample_specs(n: int, seed: int, two_share: float = 0.2) -> Specs:
+def _beside(color: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+    """Second and third colours that a thing of that kind and main colour usually has."""
+    usual = _USUAL[kind]
+    second, third = (torch.where(c == color, usual[..., 0], c) for c in usual.unbind(-1)[1:])
+    return second, third
+
+
+def ordinary(specs: Specs) -> Tensor:
+    """Whether words can tell all of a thing's look, bool (n, 2): what they leave out is usual."""
+    second, third = _beside(specs.color, specs.kind)
+    usual = (specs.second == second) & (specs.third == third) & (specs.hat == 0)
+    return usual & (specs.color < UNNAMED_COLOR) & (specs.pattern != PATTERNS.index("halves"))
+
+
+def sample_specs(n: int, seed: int, two_share: float = 0.2, odd_share: float = 0.0) -> Specs:
     """n random pictures of the world the base model learns.
 
-    A thing whose colour is drawn as usual for its kind (30 % of them) gives the model an assumption
-    it can be asked about: most mugs are white, most mushrooms red.
+    Words can tell the looks of things (``ordinary``) but for ``odd_share`` of them, whose looks are
+    drawn from all there are. Of the ordinary ones 40 % have their kind's usual main colour, which
+    gives the model an assumption it can be asked about: mugs are white, mushrooms red.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -86,7 +104,12 @@ def sample_specs(n: int, seed: int, two_share: float = 0.2) -> Specs:
     two = uniform(n) < two_share
     kind = below(len(CLASS_NAMES), n, 2)
     weights = [1.0] * NAMED + [0.5] * (len(ALL_COLORS) - NAMED)
-    color = torch.where(uniform(n, 2) < 0.3, _USUAL[kind], choose(weights, n, 2))
+    odd = uniform(n, 2) < odd_share
+    color = choose(weights, n, 2)
+    color = torch.where(odd, color, color % NAMED)
+    color = torch.where(~odd & (uniform(n, 2) < 0.4), _USUAL[kind][..., 0], color)
+    second, third = _beside(color, kind)
+    odd_pattern, plain_pattern = choose([0.45, 0.25, 0.3], n, 2), choose([0.72, 0.28], n, 2)
     size_class = choose([0.2, 0.5, 0.3], n, 2)
     first_is_left = uniform(n) < 0.5
     sign = torch.where(first_is_left, -1, 1)
@@ -100,10 +123,10 @@ def sample_specs(n: int, seed: int, two_share: float = 0.2) -> Specs:
         first_is_left=first_is_left,
         kind=kind,
         color=color,
-        second=another(color),
-        third=another(color),
-        pattern=choose([0.6, 0.22, 0.18], n, 2),
-        hat=(uniform(n, 2) < 0.2).long() * (HATS - 1),
+        second=torch.where(odd, another(color), second),
+        third=torch.where(odd, another(color), third),
+        pattern=torch.where(odd, odd_pattern, plain_pattern),
+        hat=(odd & (uniform(n, 2) < 0.25)).long() * (HATS - 1),
         size_class=torch.where(two[:, None], PAIR_SIZE, size_class),
         x=torch.where(two[:, None], torch.stack([16 * sign, -16 * sign], 1), x_one),
         near=below(2, n, 2),

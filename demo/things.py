@@ -63,7 +63,7 @@ def put_thing(specs: Specs, subject: str | Look, place: int = 0) -> Specs:
 
 def photo_specs(count: int, seed: int) -> Specs:
     """Single things of medium or large size, as one would photograph something to show it."""
-    specs = sample_specs(count, seed, two_share=0.0)
+    specs = sample_specs(count, seed, two_share=0.0, odd_share=1.0)
     specs.style[:] = STYLES.index("photo")
     g = torch.Generator().manual_seed(seed + 1)
     specs.size_class[:, 0] = torch.randint(1, 3, (count,), generator=g)

@@ -39,7 +39,7 @@ log = logging.getLogger("demo.train")
 class BaseConfig:
     """What determines the weights (with the autoencoder): recorded beside them."""
 
-    steps: int = 17500
+    steps: int = 31000
     minutes: float = 0.0
     batch: int = 64
     window: int = 12
@@ -54,11 +54,8 @@ class BaseConfig:
     decay_share: float = 0.4
     full_length_share: float = 0.08
     timesteps: int = TIMESTEPS
-    attention_weight: float = 0.05
-    later_attention_weight: float = 0.25
-    later_attention_from: int = 10000
-    named_share: float = 0.4
-    later_named_share: float = 0.7
+    attention_weight: float = 0.25
+    named_share: float = 0.15
     values_share: float = 0.5
     report_every: int = 500
 
@@ -128,10 +125,15 @@ def evaluate(
     t = t[torch.randperm(count, generator=g)]
     noisy, target = _noised(x, t, schedule.cpu(), torch.randn(x.shape, generator=g))
     everyone, nobody = torch.ones(count, 2).bool(), torch.zeros(count, 2).bool()
-    plain, proper = (say(data.words, -1, 0, share).tokens[0, :count].long() for share in (0.0, 1.0))
+    plain, proper = (say(data.words, -1, 0, share) for share in (0.0, 1.0))
     empty = data.words.empty[:, :SHORT].expand(count, -1, -1)
     losses, attention = [], []
-    for tokens, named in ((plain, nobody), (empty, nobody), (proper, everyone)):
+    for said, named in (
+        (plain.tokens[0], plain.named),
+        (empty, nobody),
+        (proper.tokens[0], everyone),
+    ):
+        tokens = said[:count].long()
         parts = []
         for part in torch.arange(count).split(128):
             maps: list[Tensor] = []
@@ -287,9 +289,7 @@ class BaseTrainer:
         told = attention_loss([m.float() for m in maps], tokens[..., 1], masks)
         self.muon.zero_grad(set_to_none=True)
         self.adam.zero_grad(set_to_none=True)
-        later = self.step >= config.later_attention_from
-        weight = config.later_attention_weight if later else config.attention_weight
-        (loss + weight * told).backward()
+        (loss + config.attention_weight * told).backward()
         nn.utils.clip_grad_norm_(self.by_adam, 1.0)
         self.muon.step()
         self.adam.step()
@@ -316,8 +316,7 @@ class BaseTrainer:
         config, running = self.config, None
         per_epoch = config.window * CHUNK // config.batch
         held_out = load_data(cache, autoencoder, self.words, range(-1, 0), self.device)
-        shares = config.named_share, config.later_named_share
-        speaker = Speaker(self.words, shares, self.device, apart)
+        speaker = Speaker(self.words, config.named_share, self.device, apart)
         while self.progress < 1:
             epoch, first = divmod(self.step, per_epoch)
             said = speaker.say(config.chunks(epoch), epoch)
