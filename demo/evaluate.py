@@ -104,11 +104,11 @@ def read_back(judge: Judge, pictures: Tensor, specs: Specs, texts: list[str]) ->
 @torch.no_grad()
 def caption_accuracy(
     model: Any, clip: Any, vae: Any, judge: Judge, count: int, seed: int
-) -> tuple[dict[str, float], Tensor]:
+) -> tuple[dict[str, float], Tensor, Tensor]:
     """What is read back from pictures of held-out captions, and their Fréchet distance.
 
     The distance is that to the renderings the captions were made for, in the judge's embedding; its
-    floor is that of other renderings. Returns the figures and the pictures.
+    floor is that of other renderings. Returns the figures, the pictures and the renderings.
     """
     specs = sample_specs(count, seed)
     texts = captions(specs, seed)
@@ -121,4 +121,4 @@ def caption_accuracy(
         "frechet": round(frechet_distance(embed(judge, pictures), reference), 4),
         "frechet_floor": round(frechet_distance(embed(judge, others), reference), 4),
     }
-    return figures, pictures
+    return figures, pictures, own

@@ -42,6 +42,7 @@ from .captions import sample_captions  # noqa: E402
 from .classes import CLASS_NAMES  # noqa: E402
 from .fidelity import (  # noqa: E402
     attributes,
+    forced_choice,
     half,
     kinds_present,
     pair_scales,
@@ -138,7 +139,11 @@ def single_figures(
 
 
 def thing_figures(world: World, config: TrainingConfig) -> tuple[dict[str, Any], Tensor]:
-    """Concept fidelity of every personal thing, each trained alike, and of its superclass word."""
+    """Concept fidelity of every personal thing, each trained alike, and of its superclass word.
+
+    Beside it: how often the judge takes the thing for this one rather than for one of seven others
+    of its kind, and its attributes as the judge reads them.
+    """
     photos = [prompt for prompt in PROMPTS if prompt[2] == "photo"]
     asked = [text for text, _, _ in photos for _ in range(SEEDS)]
     figures: dict[str, Any] = {}
@@ -154,6 +159,8 @@ def thing_figures(world: World, config: TrainingConfig) -> tuple[dict[str, Any],
         ):
             pictures = world.pictures(concepts, [text.format(word) for text in asked], seed=1)
             figures[subject][name] = round(scale.of(world.judge, pictures), 3)
+        figures[subject]["forced_choice"] = forced_choice(world.judge, pictures, subject)
+        figures[subject]["attributes"] = attributes(world.judge, pictures, subject)
         shown += [photographs_of(subject)[:2], pictures[::SEEDS]]
     return figures, torch.cat(shown)
 

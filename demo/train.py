@@ -155,9 +155,14 @@ def main() -> None:
     save_file(half, folder / "judge.safetensors")
 
     model, clip, vae = load_small_model(world_weights(folder))
-    figures, pictures = caption_accuracy(model, clip, vae, judge, count=512, seed=9_000_000)
+    figures, pictures, drawn = caption_accuracy(model, clip, vae, judge, count=512, seed=9_000_000)
     log.info("captions: %s", figures)
-    sheet(pictures[:96], 16, scale=2).save(cache / "captions.png")
+    rows = [
+        part
+        for pair in zip(drawn[:48].split(12), pictures[:48].split(12), strict=True)
+        for part in pair
+    ]
+    sheet(torch.cat(rows), 12, scale=2).save(cache / "captions.png")
     record = {
         "command": f"python -m demo.train --plan {name}{how_long}",
         "device": device,

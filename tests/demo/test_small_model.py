@@ -94,7 +94,7 @@ def test_pictures_show_what_captions_say_about_as_often_as_recorded(
     model: tuple, record: dict
 ) -> None:
     judge = load_judge(WEIGHTS / "judge.safetensors")
-    figures, _ = caption_accuracy(*model, judge, count=64, seed=8_000_000)
+    figures, _, _ = caption_accuracy(*model, judge, count=64, seed=8_000_000)
     for name, slack in (("kind", 0.15), ("scene", 0.15), ("color", 0.2)):
         assert figures[name] > record["captions"][name] - slack, name
         assert figures[name] > 0.6, name
