@@ -17,12 +17,13 @@ Layers = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of things: its words, its usual colours, how it is drawn, where a hat sits."""
+    """A class of things: its words, usual colours, how it is drawn, where a hat and a waist are."""
 
     words: tuple[str, ...]
     usual_colors: tuple[str, str, str]
     draw: Callable[[Tensor, Tensor], Layers]
     hat: tuple[float, float]
+    waist: float
 
 
 def _eyes(u: Tensor, v: Tensor, across: float, up: float, size: float = 0.1) -> Tensor:
@@ -146,14 +147,14 @@ def _mushroom(u: Tensor, v: Tensor) -> Layers:
 
 
 KINDS: dict[str, Kind] = {
-    "mug": Kind(("mug", "cup"), ("white", "blue", "brown"), _mug, (-0.18, 0.74)),
-    "teddy": Kind(("teddy", "bear"), ("pink", "white", "purple"), _teddy, (0.0, 0.84)),
-    "cat": Kind(("cat", "kitten"), ("orange", "white", "brown"), _cat, (0.0, 0.72)),
-    "car": Kind(("car", "automobile"), ("red", "white", "grey"), _car, (-0.08, 0.7)),
-    "house": Kind(("house", "cottage"), ("yellow", "red", "brown"), _house, (0.0, 0.86)),
-    "robot": Kind(("robot", "android"), ("blue", "grey", "orange"), _robot, (0.0, 0.76)),
-    "fish": Kind(("fish",), ("green", "yellow", "orange"), _fish, (0.3, 0.46)),
-    "mushroom": Kind(("mushroom",), ("red", "white", "cream"), _mushroom, (0.0, 0.86)),
+    "mug": Kind(("mug", "cup"), ("white", "blue", "brown"), _mug, (-0.18, 0.74), -0.12),
+    "teddy": Kind(("teddy", "bear"), ("pink", "white", "purple"), _teddy, (0.0, 0.84), 0.0),
+    "cat": Kind(("cat", "kitten"), ("orange", "white", "brown"), _cat, (0.0, 0.72), -0.05),
+    "car": Kind(("car", "automobile"), ("red", "white", "grey"), _car, (-0.08, 0.7), -0.2),
+    "house": Kind(("house", "cottage"), ("yellow", "red", "brown"), _house, (0.0, 0.86), -0.36),
+    "robot": Kind(("robot", "android"), ("blue", "grey", "orange"), _robot, (0.0, 0.76), -0.28),
+    "fish": Kind(("fish",), ("green", "yellow", "orange"), _fish, (0.3, 0.46), 0.0),
+    "mushroom": Kind(("mushroom",), ("red", "white", "cream"), _mushroom, (0.0, 0.86), 0.34),
 }
 CLASS_NAMES = tuple(KINDS)
 

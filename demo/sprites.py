@@ -25,16 +25,16 @@ ROLES = (
     "nose",
 )
 PATTERNS = ("plain", "striped", "halves")
-"""The last has no word in any caption."""
+"""The last, the second colour from the waist down, has no word in any caption."""
 HATS = 2
 _SHADED = 0.2
 
 
-def _in_second(u: Tensor, v: Tensor, pattern: str) -> Tensor:
+def _in_second(v: Tensor, pattern: str, waist: float) -> Tensor:
     """Where a pattern shows the second colour."""
     if pattern == "striped":
         return torch.remainder(v + 0.1, 0.56) < 0.28
-    return u > 0 if pattern == "halves" else torch.zeros_like(u, dtype=torch.bool)
+    return v < waist if pattern == "halves" else torch.zeros_like(v, dtype=torch.bool)
 
 
 def _draw(name: str, half: int, pattern: str, hat: bool) -> Tensor:
@@ -48,7 +48,7 @@ def _draw(name: str, half: int, pattern: str, hat: bool) -> Tensor:
         drawn = kind.draw(u, v - shift)
         return drawn + (hat_layers(u, v - shift, kind) if hat else [])
 
-    second = _in_second(u, v, pattern)
+    second = _in_second(v, pattern, kind.waist)
     out = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
     for (role, distance), (_, lower) in zip(layers(0.0), layers(_SHADED), strict=True):
         name_of_role = role.rstrip("-")
