@@ -16,8 +16,9 @@ def model_and_clip() -> list[io.Input]:
     return [
         io.Model.Input(
             "model",
-            tooltip="The model to edit; LoRA and edits on it count. SD1.x, SD2, SDXL, and Flux.1, "
-            "Chroma, SD3, Qwen-Image, Z-Image, Lumina 2, HiDream, AuraFlow.",
+            tooltip="The model to edit; LoRA and edits on it count. SD1.x, SD2, SDXL, Anima, "
+            "Cosmos-Predict2, Wan, PixArt, LTX-Video, and Flux.1, Chroma, SD3, Qwen-Image, "
+            "Z-Image, Lumina 2, HiDream, AuraFlow.",
         ),
         clip_input(),
     ]

@@ -43,7 +43,17 @@ class ToPreserve:
     covariance_weight: float = 0.0
 
     def for_reading(self, reading: Reading) -> Preserved:
-        """The same in the encodings that some projections read."""
+        """The same in the encodings that some projections read.
+
+        Raises:
+            ValueError: for statistics of encodings that pass something before they are read.
+        """
+        if self.covariance is not None and reading.behind is not None:
+            raise ValueError(
+                "the covariance is of what the model is called with, and this model sends that "
+                f"through `{reading.behind}` before its keys and values read it; preserve prompts "
+                "instead: write some captions into Preserve, one a line"
+            )
         found = (each for encode in reading.encoders for each in encode.stream(self.texts))
         return preserve(found, self.weight, self.covariance, self.covariance_weight)
 
@@ -182,6 +192,7 @@ def _apply(
             reading.width,
             chain.from_iterable(ask(encode) for encode in reading.encoders),
             preserved.for_reading(reading) if preserved else None,
+            reading.first_row,
         )
         for reading in side.readings
     )

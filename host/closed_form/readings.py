@@ -8,21 +8,17 @@ from typing import Any, Protocol
 
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
-from torch.nn.functional import rms_norm
 
 from ...perfusion.closed_form.even_sample import Rows
 from ...perfusion.text.encoded_prompt import EncodedPrompt
 from ..models.editable import edited_as
-from ..models.families import (
-    UnsupportedModelError,
-    check_clip,
-    cross_attentions,
-    describe_model,
-)
+from ..models.families import Family, UnsupportedModelError, check_clip, cross_attentions
+from ..models.networks import UNET, CrossAttention, FusedPart
 from ..models.text_entries import TextEntry
-from ..text.prompt_streams import Stream, streams_of
+from ..text.prompt_streams import Stream, family_stream, streams_of
+from .between import network_at, norm_at
 from .prompts import PromptEncoder
-from .stored_weights import PREFIX, weights_of
+from .stored_weights import PREFIX
 from .stream_prompts import Conditionings, StreamEncoder
 
 
@@ -46,11 +42,16 @@ class Reading:
         keys: of their weights in the model.
         width: D, of the encodings they read.
         encoders: one for each part of a conditioning that they read.
+        first_row: of the weights, from which on they are edited: above 0 for the values alone of
+            maps that make keys and values.
+        behind: path of what the encodings pass before they are read, None for nothing.
     """
 
     keys: tuple[str, ...]
     width: int
     encoders: tuple[Encoder, ...]
+    first_row: int = 0
+    behind: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +90,7 @@ def text_side(model: ModelPatcher, clip: CLIP, layers: str, with_to_k: bool) -> 
     if isinstance(kind, TextEntry):
         return _entry_side(model, clip, kind, layers, with_to_k)
     check_clip(clip, kind)
-    names = chosen([layer.name for layer in cross_attentions(model.model)], layers)
-    projections = ("to_k", "to_v") if with_to_k else ("to_v",)
-    keys = tuple(f"{PREFIX}{name}.{part}.weight" for name in names for part in projections)
-    sentences = kind.words.sentences if kind.words else ()
-    reading = Reading(keys, kind.width, (PromptEncoder(clip),))
-    return TextSide(kind.label, (reading,), sentences)
+    return _family_side(model, clip, kind, layers, with_to_k)
 
 
 def chosen(names: Sequence[str], layers: str) -> list[str]:
@@ -111,6 +107,41 @@ def chosen(names: Sequence[str], layers: str) -> list[str]:
             f"would be edited; the layers are called {names[0]}, ... {names[-1]}"
         )
     return found
+
+
+def _family_side(
+    model: ModelPatcher, clip: CLIP, family: Family, layers: str, with_to_k: bool
+) -> TextSide:
+    known = {layer.name: layer for layer in cross_attentions(model.model)}
+    names = chosen(list(known), layers)
+    keys, first_row = _keys(family, [known[name] for name in names], with_to_k)
+    entry = family.network.entry
+    reading = Reading(
+        keys,
+        known[names[0]].input_width,
+        (_family_encoder(model, clip, family),),
+        first_row,
+        entry,
+    )
+    return TextSide(family.label, (reading,), family.words.sentences if family.words else ())
+
+
+def _keys(
+    family: Family, layers: Sequence[CrossAttention], with_to_k: bool
+) -> tuple[tuple[str, ...], int]:
+    *_, values = parts = family.network.projections
+    made_together = layers[0].to_v if isinstance(layers[0].to_v, FusedPart) else None
+    parts = parts if with_to_k else (values,)
+    keys = tuple(f"{PREFIX}{layer.name}.{part}.weight" for layer in layers for part in parts)
+    return keys, 0 if with_to_k or made_together is None else made_together.start
+
+
+def _family_encoder(model: ModelPatcher, clip: CLIP, family: Family) -> Encoder:
+    if family.network is UNET:
+        return PromptEncoder(clip)
+    entry = family.network.entry
+    between = None if entry is None else network_at(model, entry)
+    return StreamEncoder(Conditionings(clip), family_stream(family, model), between)
 
 
 def _entry_side(
@@ -130,7 +161,7 @@ def _entry_side(
             f"{' and '.join(entry.streams)}, found {' and '.join(sorted(known)) or 'none'}. "
             "Connect the CLIP that was loaded together with the model."
         )
-    norm = _norm(model, entry.norm)
+    norm = None if entry.norm is None else norm_at(model, entry.norm)
     conditionings = Conditionings(clip)
     linears = {linear.path: linear for linear in entry.linears(network)}
     readings: dict[tuple[str, ...], list[str]] = {}
@@ -164,21 +195,3 @@ def _entry_reading(
     keys = tuple(f"{PREFIX}{path}.weight" for path in paths)
     width = int(network.get_submodule(paths[0]).in_features)
     return Reading(keys, width, tuple(StreamEncoder(known, stream, norm) for stream in streams))
-
-
-def _norm(model: ModelPatcher, path: str | None) -> Callable[[Rows], Rows] | None:
-    if path is None:
-        return None
-    module: Any = model.model.diffusion_model.get_submodule(path)
-    ((_, weight),) = weights_of(model, [f"{PREFIX}{path}.weight"])
-    scale = weight.cpu()
-
-    def normed(rows: Rows) -> Rows:
-        if rows.shape[-1] != len(scale):
-            raise UnsupportedModelError(
-                f"{describe_model(model.model)} reads encodings {len(scale)} wide, the text "
-                f"encoder gives {rows.shape[-1]}; connect the CLIP loaded together with it"
-            )
-        return rms_norm(rows, (len(scale),), scale, module.eps)
-
-    return normed

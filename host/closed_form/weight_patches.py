@@ -9,6 +9,7 @@ from typing import TypeVar
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.lora import LoRAAdapter
+from torch.nn.functional import pad
 
 from ...perfusion.closed_form.changes import changes_of
 from ...perfusion.closed_form.constraints import Constraints
@@ -72,12 +73,14 @@ class Task:
         width: D, of the encodings they read.
         constraints: all of them, or parts of them one after the other.
         preserved: what to leave as it is.
+        first_row: of the weights, from which on they are edited.
     """
 
     keys: Sequence[str]
     width: int
     constraints: Constraints | Iterable[Constraints]
     preserved: Preserved | None = None
+    first_row: int = 0
 
 
 def applied_edits(model: ModelPatcher) -> tuple[AppliedEdit, ...]:
@@ -129,14 +132,15 @@ def _solved(
             f"the encodings are {edit.width} wide, the model reads {task.width} wide "
             "ones; connect the CLIP that was loaded together with the model"
         )
+    first = task.first_row
     weights = _interruptible(
-        (_layer_name(key), weight) for key, weight in weights_of(model, task.keys)
+        (_layer_name(key), weight[first:]) for key, weight in weights_of(model, task.keys)
     )
     changes, report = changes_of(weights, edit, task.preserved)
-    adapters = {
-        key: LoRAAdapter(set(), (change.up, change.down, None, None, None, None))
-        for key, change in zip(task.keys, changes.values(), strict=True)
-    }
+    adapters: dict[str, LoRAAdapter] = {}
+    for key, change in zip(task.keys, changes.values(), strict=True):
+        up = pad(change.up, (0, 0, first, 0)) if first else change.up
+        adapters[key] = LoRAAdapter(set(), (up, change.down, None, None, None, None))
     return adapters, report
 
 

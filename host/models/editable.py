@@ -5,9 +5,12 @@ from __future__ import annotations
 from comfy.model_base import BaseModel
 
 from .families import Family, UnsupportedModelError, family_of, supported_list
-from .networks import UNET
+from .networks import ANIMA, COSMOS_PREDICT2, LTXV, PIXART, UNET, WAN
 from .text_entries import TextEntry, entries_list, entry_of
 from .unsupported import no_edits
+
+EDITED = (UNET, COSMOS_PREDICT2, ANIMA, WAN, PIXART, LTXV)
+"""Networks whose keys and values read the same encodings in every layer and at every step."""
 
 
 def edited_as(model: BaseModel) -> TextEntry | Family:
@@ -27,6 +30,6 @@ def edited_as(model: BaseModel) -> TextEntry | Family:
         family = family_of(model)
     except UnsupportedModelError as error:
         raise no_edits(model, works, conceptual=False) from error
-    if family.network is not UNET:
+    if family.network not in EDITED:
         raise no_edits(model, works, conceptual=True)
     return family

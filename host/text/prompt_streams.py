@@ -1,7 +1,8 @@
 """What a conditioning is made of: whose tokens, and where their encodings are in it.
 
 SD1.x, SD2 and SDXL have one section of CLIP tokens (`text_encoders`). Newer models have one or more
-streams: T5 tokens, a language model's tokens within a template, or both behind each other.
+streams: T5 tokens, a language model's tokens within a template, or both behind each other. What a
+model's own adapter makes of a stream has the adapter's tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy.text_encoders.aura_t5 import AuraT5Model
 from comfy.text_encoders.flux import FluxClipModel
@@ -23,7 +26,9 @@ from comfy_extras.nodes_lumina2 import CLIPTextEncodeLumina2
 from torch import Tensor, nn
 
 from ...perfusion.closed_form.even_sample import Rows
-from ..models.families import UnsupportedModelError
+from ..models.families import Family, UnsupportedModelError
+from ..models.query_adapter import QUERIES, adapter_of
+from .twin import untwined
 
 Encoded = Mapping[str, Any]
 """What `CLIP.encode_from_tokens(return_dict=True)` gives: "cond" (1, N, D) and more."""
@@ -39,12 +44,26 @@ class Stream:
         rows: picks the encodings (N, D) out of what was encoded for so many tokens; fewer than
             tokens when the text encoder cuts its template off in front.
         before: what stands in front of every prompt, a space behind it included.
+        masked: whether the model is told which tokens are words, and reads no other.
     """
 
     name: str
     key: str
     rows: Callable[[Encoded, int], Rows]
     before: str = ""
+    masked: bool = False
+
+
+def family_stream(family: Family, model: ModelPatcher) -> Stream:
+    """The stream that a family's keys and values read, for families whose prompts are no sections.
+
+    Args:
+        family: of the model.
+        model: is loaded where it adapts encodings itself.
+    """
+    name = family.positions
+    rows = _adapted(model) if family.network.adapts else _whole
+    return Stream(name, name, rows, masked=family.network.masked)
 
 
 def streams_of(clip: CLIP) -> tuple[Stream, ...]:
@@ -89,6 +108,20 @@ def tokenizer_of(clip: CLIP, stream: Stream) -> Any:
 def _whole(encoded: Encoded, count: int) -> Rows:
     cond: Tensor = encoded["cond"]
     return cond[0]
+
+
+def _adapted(model: ModelPatcher) -> Callable[[Encoded, int], Rows]:
+    def rows(encoded: Encoded, count: int) -> Rows:
+        # Loaded again if the text encoder took its place meanwhile.
+        adapter = adapter_of(model)
+        assert adapter is not None
+        prompt, _ = untwined(encoded["cond"])
+        with torch.no_grad():
+            made = adapter.prompt(prompt, encoded, encoded.get(QUERIES, ()))
+        # Behind the tokens there is nothing but zeros.
+        return made[0, :count].cpu()
+
+    return rows
 
 
 def _lumina_streams() -> list[Stream]:

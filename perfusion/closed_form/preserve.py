@@ -22,7 +22,8 @@ class Preserved:
     Attributes:
         prior: P, fp64: weight times the sum over all tokens of the prompts, plus the statistics'
             mean over tokens times their own weight.
-        sample: at most 64 of the preserved encodings, to measure the drift on.
+        sample: at most 64 of the preserved encodings, to measure the drift on; padding that says
+            the same again and again is in it once a prompt.
         texts: the prompts.
     """
 
@@ -64,10 +65,17 @@ def preserve(
                 f"{width} wide; measure them with this text encoder"
             )
         prior.addmm_(rows.mT, rows, alpha=weight)
-        sample.add(rows)
+        sample.add(_without_repeats(rows))
         texts.append(prompt.text)
     if prior is None:
         raise ValueError("expected prompts or statistics to preserve, found neither")
     kept = sample.rows()
     none = torch.zeros(0, len(prior), dtype=torch.float64)
     return Preserved(prior, kept[0] if kept else none, tuple(texts))
+
+
+def _without_repeats(rows: Rows) -> Rows:
+    # Some text encoders fill up to 512 tokens; an even sample would hold hardly a word.
+    new = torch.ones(len(rows), dtype=torch.bool)
+    new[1:] = (rows[1:] != rows[:-1]).any(dim=1)
+    return rows[new]
