@@ -18,9 +18,9 @@ MASK_GRID = 8
 _BATCH = 512
 
 
-def chunk_specs(index: int) -> Specs:
+def chunk_specs(index: int, odd_share: float = ODD_SHARE) -> Specs:
     """What chunk ``index`` shows; negative indices are held out of training."""
-    return sample_specs(CHUNK, 1_000_000 + index, two_share=TWO_SHARE, odd_share=ODD_SHARE)
+    return sample_specs(CHUNK, 1_000_000 + index, two_share=TWO_SHARE, odd_share=odd_share)
 
 
 def save_atomically(value: object, path: Path) -> None:
@@ -30,9 +30,11 @@ def save_atomically(value: object, path: Path) -> None:
     part.replace(path)
 
 
-def load_chunk(index: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def load_chunk(
+    index: int, device: str = "cpu", odd_share: float = ODD_SHARE
+) -> tuple[Tensor, Tensor]:
     """Palette indices uint8 (4096, 64, 64) and coverage of both things, half (4096, 2, 8, 8)."""
-    specs = chunk_specs(index)
+    specs = chunk_specs(index, odd_share)
     pictures, masks = [], []
     for start in range(0, CHUNK, _BATCH):
         drawn, mask = render_indices(specs.take(slice(start, start + _BATCH)), device)

@@ -133,7 +133,8 @@ def train_judge(
     ]
     average = {k: v.clone() for k, v in judge.state_dict().items()}
     indices = range(config.first_chunk, config.first_chunk + config.chunks)
-    pool = [(load_chunk(i, device)[0], chunk_specs(i)) for i in indices]
+    # A judge that knew what is usual would read it where nothing is to be seen.
+    pool = [(load_chunk(i, device, 1.0)[0], chunk_specs(i, 1.0)) for i in indices]
     first, second = _pairs(device)
     kinds = torch.arange(PAIRS) % len(CLASS_NAMES)
     by_kind = [(kinds == k).nonzero()[:, 0][:-HELD_OUT] for k in range(len(CLASS_NAMES))]
