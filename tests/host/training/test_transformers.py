@@ -20,7 +20,7 @@ from comfyui_perfusion.perfusion.gated.twin_lock import TwinProjections, twin_ga
 from comfyui_perfusion.perfusion.training.config import TrainingConfig
 
 from tests.host.cross_models import CROSS, build_cross, full_size, narrow_families, real_families
-from tests.host.injection.test_transformers import rows_of
+from tests.host.cross_oracle import rows_of
 from tests.host.training_world import batch_of
 
 PROMPTS = ["a photo of a <thing>", "an old <thing>, in the snow"]
