@@ -101,6 +101,8 @@ def oracle(small, concepts, pairs, pure=None):
     network = pure.model.diffusion_model
 
     def read_of(encodings):
+        if hasattr(network, "text_embedding_padding"):
+            return read_by_hunyuan_dit(network, encodings)
         return encodings if entry is None else network.get_submodule(entry)(encodings)
 
     def pair_of(row):
@@ -122,11 +124,33 @@ def oracle(small, concepts, pairs, pure=None):
     return replace_projections(pure, plain, values)
 
 
+def read_by_hunyuan_dit(network, encodings):
+    """What its layers read of BERT's 77 tokens and mT5's 256 behind them, zero where not words."""
+    width = network.text_states_dim
+    bert, mt5 = encodings[:, :77, :width], encodings[:, 77:, width:]
+    read = torch.cat([bert, network.mlp_t5(mt5)], 1)
+    words = (encodings != 0).any(-1, keepdim=True)
+    return torch.where(words, read, network.text_embedding_padding)
+
+
+def both_encodings(cond, more):
+    """A prompt and its twin of two text encoders as one row of tokens, zero where not words."""
+    masks = [more[name][0, :, None] for name in ("attention_mask", "attention_mask_mt5xl")]
+    found = []
+    for bert, mt5 in zip(untwined(cond), untwined(more["conditioning_mt5xl"]), strict=True):
+        rows = [torch.block_diag(bert[0] * masks[0], mt5[0] * masks[1])]
+        found.append(torch.stack(rows))
+    return tuple(found)
+
+
 def read_pairs(small, clip, texts):
     """(e, t) of prompts, as the model is called with them."""
     pairs = []
     for text in texts:
         for cond, more in encoded(clip, text):
+            if "conditioning_mt5xl" in more:
+                pairs.append(both_encodings(cond, more))
+                continue
             pair = untwined(cond)
             adapts = family_of(small.model.model).network.adapts
             pairs.append(adapted(small, clip.tokenize(text), pair, more) if adapts else pair)

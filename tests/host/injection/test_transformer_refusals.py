@@ -6,7 +6,6 @@ import comfy.supported_models as supported
 import pytest
 import torch
 from comfy import model_base
-from comfy.ldm.hydit import models as hydit
 from comfy.ldm.kandinsky5 import model as kandinsky5
 from comfy.ldm.lightricks import av_model
 from comfy.ldm.wan import model as wan
@@ -51,7 +50,6 @@ def test_a_concept_file_names_its_family_and_is_refused_by_another(small, smalls
 
 NOT_YET = {
     "Kandinsky5": (supported.Kandinsky5, model_base.Kandinsky5, kandinsky5.Kandinsky5),
-    "HunyuanDiT": (supported.HunyuanDiT, model_base.HunyuanDiT, hydit.HunYuanDiT),
     "WAN21_Vace": (supported.WAN21_Vace, model_base.WAN21_Vace, wan.VaceWanModel),
     "LTXAV": (supported.LTXAV, model_base.LTXAV, av_model.LTXAVModel),
 }
