@@ -220,7 +220,10 @@ def why_not(network: Any) -> str:
     if isinstance(network, LTXBaseModel):
         return "it scales and shifts what the keys and values read in every layer at every step"
     if isinstance(network, Kandinsky5):
-        return "blocks that change at every step mix the text before the keys and values read it"
+        return (
+            "blocks of its own mix the text anew at every step, and a concept learns one value for "
+            "all steps"
+        )
     if isinstance(network, WanModel):
         return "besides the text's cross-attention it reads more than Wan's own models do"
     if isinstance(network, GeneralDIT):

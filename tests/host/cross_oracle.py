@@ -94,7 +94,7 @@ def close_to(found, expected):
     torch.testing.assert_close(found / scale, expected / scale, **CLOSE)
 
 
-def oracle(small, concepts, pairs, pure=None):
+def oracle(small, concepts, pairs, pure=None, acting=lambda layer, concept: True):
     """A model that reads twins, its values the pure function of a table of (e, t), (1, N, D)."""
     pure = pure or build_cross(small.name)
     entry = family_of(pure.model).network.entry
@@ -113,11 +113,14 @@ def oracle(small, concepts, pairs, pure=None):
         raise AssertionError("the model reads something else than a twin")
 
     def values(name, weight, bias, context):
-        outputs = torch.stack([concept.o_v[name] for concept in concepts])
+        chosen = [concept for concept in concepts if acting(name, concept)]
+        if not chosen:
+            return functional.linear(context, weight, bias)
+        outputs = torch.stack([concept.o_v[name] for concept in chosen])
         found = []
         for row in context:
             prompt, twin = pair_of(row)
-            gates = twin_gates(prompt, twin, [concept.direction() for concept in concepts])[0]
+            gates = twin_gates(prompt, twin, [concept.direction() for concept in chosen])[0]
             found.append(functional.linear(twin_inputs(row, gates), weight, bias) + gates @ outputs)
         return torch.stack(found)
 
@@ -125,12 +128,16 @@ def oracle(small, concepts, pairs, pure=None):
 
 
 def read_by_hunyuan_dit(network, encodings):
-    """What its layers read of BERT's 77 tokens and mT5's 256 behind them, zero where not words."""
+    """What its layers read of BERT's tokens and mT5's behind them, zero where they are no words."""
     width = network.text_states_dim
-    bert, mt5 = encodings[:, :77, :width], encodings[:, 77:, width:]
+    count = max(77, 1 + int((encodings[0, :, :width] != 0).any(-1).nonzero().max()))
+    bert, mt5 = encodings[:, :count, :width], encodings[:, count:, width:]
     read = torch.cat([bert, network.mlp_t5(mt5)], 1)
     words = (encodings != 0).any(-1, keepdim=True)
-    return torch.where(words, read, network.text_embedding_padding)
+    padding = torch.zeros_like(read)
+    padding[:, count - 77 : count] = network.text_embedding_padding[:77]
+    padding[:, -256:] = network.text_embedding_padding[77:]
+    return torch.where(words, read, padding)
 
 
 def both_encodings(cond, more):

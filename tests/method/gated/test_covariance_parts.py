@@ -1,4 +1,4 @@
-"""Two text encoders in one covariance: each solved by itself, one direction with a share in both."""
+"""Two text encoders in one covariance: each solved by itself, one direction for both."""
 
 from __future__ import annotations
 
