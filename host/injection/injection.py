@@ -19,7 +19,7 @@ from ...perfusion.gated.rank_one import project
 from ..interface.messages import warn
 from ..models.families import cross_attentions, network_of
 from ..models.networks import CrossAttention, FusedPart
-from ..text.twin import TwinEncoding, told_apart, untwined
+from ..text.twin import told_apart, untwined
 from .adapted import around_conditions
 from .agenda import Agenda, clock_of
 from .control import give_superclass_encodings
@@ -37,6 +37,7 @@ from .dispatch import (
 from .fused import FusedProjection, module_of, share_of
 from .hints import prompt_hints, schedule_hints
 from .key_locks import KeyLock
+from .second_call import names_a_concept, with_second
 from .shared_inputs import SharedInputs, followed
 from .twin_inputs import TwinInputs
 from .two_models import SecondClone, calls_of_another, detach_watch, is_of
@@ -121,6 +122,7 @@ class InjectedModel:
 
     def __init__(self, model: BaseModel, agenda: Agenda, key_lock: KeyLock) -> None:
         self.model_id = id(model)
+        self.second = network_of(model).second
         self._agenda = agenda
         self._key_lock = key_lock
         shared = TwinInputs if key_lock == "twin" else SharedInputs
@@ -269,20 +271,25 @@ class ConceptInjection:
             return original(x, t, c_concat, c_crossattn, control, options, **kwargs)
         moment = self._moment(model, options.get("sigmas", t))
         twin_lock = self._key_lock == "twin"
-        if twin_lock and not isinstance(c_crossattn, TwinEncoding):
+        if twin_lock and not names_a_concept(edit.second, c_crossattn, kwargs):
             context = c_crossattn
             edit.stand_by(moment)
         elif c_crossattn is None:
             raise ValueError("the model is sampled with concepts but without a prompt")
         else:
-            encodings, twin = (
-                comfy.model_management.cast_to_device(each, x.device, model.get_dtype_inference())
-                for each in untwined(c_crossattn)
-            )
+
+            def cast(each: Tensor) -> Tensor:
+                dtype = model.get_dtype_inference()
+                return comfy.model_management.cast_to_device(each, x.device, dtype)
+
+            encodings, twin = (cast(each) for each in untwined(c_crossattn))
             if twin_lock:
                 context = twin = followed(twin)
             else:
                 context = encodings = followed(encodings)
+            if edit.second is not None:
+                pair, kwargs = with_second(edit.second, (encodings, twin), kwargs, cast)
+                encodings, twin = pair
             hooked = getattr(model.current_patcher, "current_hooks", None) is not None
             edit.begin(encodings, twin, moment, hooked)
         try:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
 
-from .families import network_of
+from .families import Family
 
 
 def extra_conditions(
     model: BaseModel,
     noisy: Tensor,
     device: torch.device,
-    pooled: Tensor | None,
+    told: Mapping[str, Tensor | None],
     size: tuple[int, int],
 ) -> dict[str, Tensor]:
     """Keyword arguments of a BaseModel's `apply_model` for latents (B, C, h, w).
 
-    `pooled` (B, P) or None is the pooled text, or (B, N) says which tokens are words where that
-    is asked for; `size` the pictures' width and height in pixels. SDXL wants both.
+    `told` is what goes with the text, as in a conditioning; `size` the pictures' width and height
+    in pixels. SDXL wants both.
     """
-    masked = network_of(model).masked
     conditions = model.extra_conds(
         noise=noisy,
         device=device,
-        pooled_output=None if masked else pooled,
-        attention_mask=pooled if masked else None,
+        **told,
         prompt_type="positive",
         width=size[0],
         height=size[1],
@@ -35,3 +35,22 @@ def extra_conditions(
         name: condition.process_cond(batch_size=noisy.shape[0], device=device, area=None).cond
         for name, condition in conditions.items()
     }
+
+
+def told_with(
+    family: Family, encodings: Tensor, extra: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """What a model is conditioned on (B, N, D), and what goes with it.
+
+    Args:
+        family: the model's.
+        encodings: the prompts, of several text encoders as one row of tokens.
+        extra: what else the text encoders gave: pooled outputs (B, P), or (B, N) what is known of
+            the tokens where the family's network asks for that.
+    """
+    network = family.network
+    if network.second is None:
+        return encodings, {"attention_mask" if network.masked else "pooled_output": extra}
+    assert extra is not None
+    first, more = network.second.text_apart(encodings, extra, family.parts[0])
+    return first, {**more}

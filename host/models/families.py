@@ -15,6 +15,7 @@ from comfy.sd import CLIP
 from comfy.text_encoders.anima import AnimaTEModel
 from comfy.text_encoders.cosmos import CosmosT5XXL
 from comfy.text_encoders.genmo import MochiT5XXL
+from comfy.text_encoders.hydit import HyditModel
 from comfy.text_encoders.pixart_t5 import PixArtT5XXL
 from comfy.text_encoders.wan import WanT5Model
 from torch import nn
@@ -22,6 +23,7 @@ from torch import nn
 from .networks import (
     ANIMA,
     COSMOS_PREDICT2,
+    HUNYUAN_DIT,
     LTXV,
     PIXART,
     UNET,
@@ -84,9 +86,15 @@ class Family:
     queries: dict[str, int] = field(default_factory=dict)
 
     @property
-    def positions(self) -> str:
-        """Whose tokens the encodings belong to, one for one."""
-        return next(iter(self.queries or self.encoders))
+    def positions(self) -> tuple[str, ...]:
+        """Whose tokens the encodings belong to, one for one, those of one after the other's."""
+        names = tuple(self.queries or self.encoders)
+        return names[:1] if self.network.second is None else names
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Columns of each text encoder, where tokens of one fill none of another's; or none."""
+        return () if self.network.second is None else tuple(self.encoders.values())
 
     @property
     def vectors(self) -> dict[str, int]:
@@ -137,6 +145,12 @@ FAMILIES: list[Family] = [
         network=PIXART,
         clips=(PixArtT5XXL,),
         tells=lambda model: not model.diffusion_model.micro_conditioning,
+    ),
+    Family(
+        *("hunyuan_dit", "HunyuanDiT", {"hydit_clip": 1024, "mt5xl": 2048}, 1024 + 2048),
+        side=128,
+        network=HUNYUAN_DIT,
+        clips=(HyditModel,),
     ),
     Family(
         *("ltxv", "LTX-Video", {"t5xxl": 4096}, 4096),

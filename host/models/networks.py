@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from comfy.ldm.anima.model import Anima
 from comfy.ldm.cosmos.model import GeneralDIT
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT
@@ -21,7 +22,9 @@ from comfy.ldm.lightricks.model import LTXBaseModel, LTXVModel
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.pixart.pixartms import PixArtMS
 from comfy.ldm.wan.model import WanModel
-from torch import nn
+from torch import Tensor, nn
+
+from .second_text import SecondText
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,8 @@ class Network:
         unless: names of attributes that make it another network where they are true.
         unpadded: whether prompts are as long as they are, with no mask for padding.
         masked: whether it is told which tokens are words.
+        second: where a second encoding is that it reads behind the first one's tokens; it is this
+            one then which passes `entry`.
         countable: whether its code can be run without contents, to count memory.
         axes: of a latent, batch and channels included; 5 where time is one of them.
     """
@@ -115,6 +120,7 @@ class Network:
     unless: tuple[str, ...] = ()
     unpadded: bool = False
     masked: bool = False
+    second: SecondText | None = None
     countable: bool = True
     axes: int = 4
 
@@ -146,7 +152,22 @@ class Network:
         if self.entry is None:
             return {layer.input_width for layer in self.cross_attentions(network)}
         entry: list[Any] = list(network.get_submodule(self.entry).modules())
-        return {next(int(each.in_features) for each in entry if hasattr(each, "in_features"))}
+        width = next(int(each.in_features) for each in entry if hasattr(each, "in_features"))
+        if self.second is None:
+            return {width}
+        return {layer.input_width + width for layer in self.cross_attentions(network)}
+
+    def read(self, network: nn.Module, encodings: Tensor) -> Tensor:
+        """What the projections read (B, N, D') of encodings (B, N, D), token by token."""
+        if self.entry is None:
+            return encodings
+        entry = network.get_submodule(self.entry)
+        if self.second is None:
+            return entry(encodings)
+        width = next(self.cross_attentions(network)).input_width
+        behind = encodings[..., width:]
+        of_second = (behind != 0).any(-1, keepdim=True)
+        return torch.where(of_second, entry(behind), encodings[..., :width])
 
 
 def _cross_attention(name: str, linears: list[Any]) -> CrossAttention:
@@ -170,6 +191,20 @@ PIXART = Network(
     unpadded=True,
     countable=False,
 )
+MT5 = SecondText(
+    kept="conditioning_mt5xl",
+    masks=("attention_mask", "attention_mask_mt5xl"),
+    read="encoder_hidden_states_t5",
+    read_masks=("text_embedding_mask", "text_embedding_mask_t5"),
+)
+SECOND_TEXTS = (MT5.kept,)
+"""What there is in conditionings besides their own encodings, of all rows."""
+HUNYUAN_DIT = Network(
+    *(HunYuanDiT, r"blocks\.\d+\.attn2", ("kv_proj",)),
+    entry="mlp_t5",
+    second=MT5,
+    countable=False,
+)
 # Newer ones scale and shift what the projections read in every layer at every step.
 LTXV = Network(
     *(LTXVModel, r"transformer_blocks\.\d+\.attn2", ("to_k", "to_v")),
@@ -184,10 +219,11 @@ def why_not(network: Any) -> str:
     """Why a network with a text cross-attention is in no row, in a few words; "" when unknown."""
     if isinstance(network, LTXBaseModel):
         return "it scales and shifts what the keys and values read in every layer at every step"
-    if isinstance(network, HunYuanDiT):
-        return "it reads two encodings of different widths, and a concept's direction is in one"
     if isinstance(network, Kandinsky5):
-        return "blocks that change at every step mix the text before the keys and values read it"
+        return (
+            "blocks of its own mix the text anew at every step, and a concept learns one value for "
+            "all steps"
+        )
     if isinstance(network, WanModel):
         return "besides the text's cross-attention it reads more than Wan's own models do"
     if isinstance(network, GeneralDIT):

@@ -248,7 +248,7 @@ def _denoise(
         c_crossattn=prompt.encoding.to(device).expand(rows, -1, -1),
         # No other options: what other nodes put into sampling neither runs nor is disturbed.
         transformer_options=watch.options(),
-        **extra_conditions(model, noisy, device, pooled, (work[1], work[0])),
+        **extra_conditions(model, noisy, device, {"pooled_output": pooled}, (work[1], work[0])),
     )
 
 

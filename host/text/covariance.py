@@ -52,7 +52,9 @@ def measure_covariance(
         total = len(captions)
     wanted = (caption for caption in captions if caption.strip())
     text = TextEncoders(clip, None if model is None else adapter_of(model))
-    statistics = CovarianceAccumulator(text.family.width, positions, text.digest())
+    statistics = CovarianceAccumulator(
+        text.family.width, positions, text.digest(), text.family.parts
+    )
     done = 0
     # A GPU encodes one batch while the CPU takes the words of the next one apart.
     while batch := list(itertools.islice(wanted, BATCH)):

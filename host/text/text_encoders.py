@@ -145,6 +145,9 @@ class TextEncoders:
             if queries:
                 rows = query_rows(pairs, queries)
                 encodings = self._own_adapter().prompt(encodings, made[2], rows)
+            second = self.family.network.second
+            if second is not None:
+                encodings, extra = second.joined_text(encodings, made[2])
             missing = max(0, room - encodings.shape[1])
             found.append(torch.nn.functional.pad(encodings, (0, 0, 0, missing)))
             # Where a model looks at the words alone, it is told which tokens they are.
@@ -169,8 +172,10 @@ class TextEncoders:
 
     def word_mask(self, tokens: Mapping[str, Tokens]) -> Tensor:
         """(N,) bool: the words of a section and its first end token."""
-        name = self.family.positions
-        tokenizer, section = self.tokenizer(name), tokens[name]
+        return torch.cat([self._words_of(name, tokens[name]) for name in self.family.positions])
+
+    def _words_of(self, name: str, section: Tokens) -> Tensor:
+        tokenizer = self.tokenizer(name)
         first = 0 if tokenizer.start_token is None else 1
         stop = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
         ends = (at for at, token in enumerate(section) if at >= first and token_is(token, stop))

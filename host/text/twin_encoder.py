@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
 from ..models.families import encoder_models, encoder_of, query_widths, tokenizer_of
+from ..models.networks import SECOND_TEXTS
 from ..models.query_adapter import QUERIES
 from .marked_words import takes_place_of
 from .queries import query_rows, without_vectors
@@ -101,8 +102,16 @@ class TwinEncoder:
             return found
         spoken = self._with_superclass(tokens, silent)
         words = frozenset(lock.placeholder for lock in present if lock not in silent)
-        first = within_twin(found[0], self._encoded(spoken)[0], words)
-        return self._with_queries((first, *found[1:]), spoken)
+        prompt = self._encoded(spoken)
+        first = within_twin(found[0], prompt[0], words)
+        more = found[2] if len(found) > 2 else {}
+        seconds = {
+            name: within_twin(more[name], prompt[2][name], words)
+            for name in SECOND_TEXTS
+            if name in more
+        }
+        rest = ({**more, **seconds},) if seconds else found[2:]
+        return self._with_queries((first, found[1], *rest), spoken)
 
     def _read_as_written(self, tokens: Mapping[str, Any], present: Sequence[_Lock]) -> Any:
         """Local and global lock: all that the text model gives of the prompt, with its twin."""

@@ -126,9 +126,7 @@ class _Count:
         self._inputs: dict[object, dict[int, torch.UntypedStorage]] = {None: {}}
         self._place: object = None
 
-    def within(
-        self, forward: Callable[..., Tensor], place: object, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def within(self, forward: Callable[..., Any], place: object, *args: Any, **kwargs: Any) -> Any:
         """Run a block; what is kept meanwhile is the block's."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         storages = [tensor.untyped_storage() for tensor in tensors]

@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 from comfy.clip_model import CLIPLayer
 from comfy.ldm.cosmos.predict2 import Block as CosmosBlock
+from comfy.ldm.hydit.models import HunYuanDiTBlock
 from comfy.ldm.lightricks.model import BasicTransformerBlock as LtxvBlock
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
@@ -21,7 +22,7 @@ from ..models.families import UnsupportedModelError
 
 BLOCKS = (
     *(BasicTransformerBlock, ResBlock, CLIPLayer),
-    *(CosmosBlock, WanAttentionBlock, PixArtMSBlock, LtxvBlock),
+    *(CosmosBlock, WanAttentionBlock, PixArtMSBlock, LtxvBlock, HunYuanDiTBlock),
 )
 """Found by structure: the parts of UNets and text encoders that keep most, and little go in."""
 

@@ -19,9 +19,9 @@ from ...perfusion.training.denoiser import Batch, Conditioning, Projections
 from ..injection.dispatch import Dispatcher, Projection, install
 from ..injection.fused import FusedProjection, module_of, share_of
 from ..injection.injection import without_bias
-from ..models.conditions import extra_conditions
+from ..models.conditions import extra_conditions, told_with
 from ..models.digests import weights_digest
-from ..models.families import check_clip, cross_attentions, family_of, network_of
+from ..models.families import check_clip, cross_attentions, family_of
 from ..models.native_loss import loss_weight, schedule
 from ..models.networks import FusedPart
 from ..models.query_adapter import adapter_of
@@ -110,11 +110,12 @@ class TrainingView:
         self._model = model.model
         self._device = model.load_device
         self._dtype = self._model.get_dtype_inference()
-        self._network = network_of(self._model)
+        self._family = family_of(self._model)
+        self._network = self._family.network
         self._current = _Current()
         self._projections: dict[tuple[str, Part], tuple[Dispatcher, Any]] = {}
         self.layers: Mapping[str, int] = self._take_projections()
-        self.family: str = family_of(self._model).name
+        self.family: str = self._family.name
         self.text = TrainingText(
             *(clip, superclass, placeholder, self._device, self._dtype), adapter_of(model)
         )
@@ -192,9 +193,8 @@ class TrainingView:
         dispatcher, share = self._projections[layer, part]
         original = share_of(dispatcher.original, share)
         encodings = encodings.to(self._device, self._dtype)
-        if self._network.entry is not None:
-            encodings = self._model.diffusion_model.get_submodule(self._network.entry)(encodings)
-        return without_bias(original, encodings)
+        read = self._network.read(self._model.diffusion_model, encodings)
+        return without_bias(original, read)
 
     def errors(self, batch: Batch, encoded: Conditioning, edit: Projections | None) -> Tensor:
         """Squared error (B, C, h, w) of the prediction of x0, times the native loss weight."""
@@ -224,13 +224,14 @@ class TrainingView:
         edit: Projections | None,
         size: tuple[int, int],
     ) -> Tensor:
+        encodings, told = told_with(self._family, text.encodings, text.extra)
         with self._current.holding(edit):
             return self._model.apply_model(
                 noisy,
                 sigma,
-                c_crossattn=text.encodings,
+                c_crossattn=encodings,
                 transformer_options={"optimized_attention_override": _attention},
-                **extra_conditions(self._model, noisy, self._device, text.extra, size),
+                **extra_conditions(self._model, noisy, self._device, told, size),
             )
 
     def masks(self, batch: Batch) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from comfy.sd import CLIP
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...perfusion.training.denoiser import Conditioning
 from ..models.families import encoder_models
 from ..models.query_adapter import QueryAdapter
+from ..models.second_text import words_known
 from ..text.marked_words import in_place_of, takes_place_of
 from ..text.placeholders import serve_vectors
 from ..text.text_encoders import TextEncoders, Tokens, as_long_as
@@ -60,8 +62,12 @@ class TrainingText:
         self._sections: dict[str, dict[str, Tokens]] = {}
 
     def checkpoint(self) -> None:
-        """Compute blocks of the text encoders again in the backward pass."""
-        checkpoint_blocks(self.clip.cond_stage_model)
+        """Compute blocks of the text encoders again in the backward pass.
+
+        Those of transformers take no part in it: twin lock encodes every prompt once, before.
+        """
+        if self._text.sectioned:
+            checkpoint_blocks(self.clip.cond_stage_model)
 
     def release(self) -> None:
         """Unload the text encoders; what draws with them loads them again."""
@@ -96,7 +102,7 @@ class TrainingText:
                     for name, tokens in section.items()
                 }
             )
-            masks.append([isinstance(token, Tensor) for token in section[self._positions]])
+            masks.append(self._marks(section, _vectors))
             self._check_placeholder(prompt, any(masks[-1]))
         return self._encode(batch, masks)
 
@@ -105,7 +111,8 @@ class TrainingText:
         batch, masks = [], []
         for prompt in prompts:
             section = self._section(self._text, prompt)
-            tokens, word = section[self._positions], self._own_words[self._positions]
+            name = self._positions[0]
+            tokens, word = section[name], self._own_words[name]
             starts = [at for at in range(len(tokens)) if tokens[at : at + len(word)] == word]
             if not starts:
                 raise ValueError(
@@ -138,9 +145,25 @@ class TrainingText:
             section = served.section(prompt)
             named.append(section)
             twins.append({name: _twin(each, words.get(name)) for name, each in section.items()})
-            masks.append(_last_vectors(section[self._positions]))
+            masks.append(self._marks(section, _last_vectors))
             self._check_placeholder(prompt, any(masks[-1]))
-        return self._encode(named, masks), self._encode(twins, masks)
+        return self._only_words_differ(self._encode(named, masks), self._encode(twins, masks))
+
+    def _only_words_differ(
+        self, named: Conditioning, twin: Conditioning
+    ) -> tuple[Conditioning, Conditioning]:
+        """Prompts and twins, of the former only the words where the model reads no padding."""
+        if self._text.family.network.second is None or named.extra is None:
+            return named, twin
+        words = words_known(named.extra).to(named.encodings.device)
+        encodings = torch.where(words, named.encodings, twin.encodings)
+        return replace(named, encodings=encodings), twin
+
+    def _marks(
+        self, section: Mapping[str, Tokens], mark: Callable[[Tokens], list[bool]]
+    ) -> list[bool]:
+        """Marks of the tokens of every text encoder that has positions of its own."""
+        return [each for name in self._positions for each in mark(section[name])]
 
     def _check_placeholder(self, prompt: str, found: bool) -> None:
         if not found:
@@ -175,7 +198,12 @@ def _own(vector: Tensor, words: Iterator[int]) -> int:
     return found[-1] if found else next(words)
 
 
+def _vectors(tokens: Tokens) -> list[bool]:
+    """Where vectors stand."""
+    return [isinstance(token, Tensor) for token in tokens]
+
+
 def _last_vectors(tokens: Tokens) -> list[bool]:
     """Where the last of the placeholder's vectors stands."""
-    vectors = [isinstance(token, Tensor) for token in tokens]
+    vectors = _vectors(tokens)
     return [here and not after for here, after in zip(vectors, [*vectors[1:], False], strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -28,10 +29,13 @@ class Covariance:
             the start token too).
         encoder_hash: identifies the text encoder, its layer and its concatenation.
         ridge: relative to the mean eigenvalue; only enters the solve.
+        parts: widths of the encodings of several text encoders, where tokens of each fill columns
+            of their own and are zero in the others'; empty for one space. Each part has a scale
+            of its own, so each is solved by itself.
 
     Raises:
-        ValueError: for a matrix that is not square, fp64, finite and of positive trace, and for a
-            ridge out of range.
+        ValueError: for a matrix that is not square, fp64, finite and of positive trace, for a
+            ridge out of range, and for parts that are not those of the matrix.
     """
 
     matrix: Moment
@@ -40,6 +44,7 @@ class Covariance:
     positions: Positions
     encoder_hash: str
     ridge: float = 1e-4
+    parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.matrix.shape)
@@ -56,6 +61,29 @@ class Covariance:
             raise ValueError("expected a covariance with a positive trace, found none")
         if not 0 <= self.ridge < 1:
             raise ValueError(f"expected a relative ridge in [0, 1), found {self.ridge}")
+        if self.parts:
+            self._check_parts()
+
+    def _check_parts(self) -> None:
+        if min(self.parts) < 1 or sum(self.parts) != self.width:
+            raise ValueError(f"expected parts that add up to {self.width}, found {self.parts}")
+        blocks = [self.matrix[columns, columns] for columns in self.columns]
+        if not all(float(block.trace()) > 0 for block in blocks):
+            raise ValueError(
+                "expected a covariance with a positive trace in every part, found none in one; "
+                "measure it with all text encoders of the model"
+            )
+        if not torch.equal(torch.block_diag(*blocks), self.matrix):
+            raise ValueError(
+                f"expected no moments between the parts {self.parts} of a covariance, found some"
+            )
+
+    @property
+    def columns(self) -> tuple[slice, ...]:
+        """The columns of each part; all of them where there is one."""
+        widths = self.parts or (self.width,)
+        ends = list(itertools.accumulate(widths))
+        return tuple(slice(end - width, end) for end, width in zip(ends, widths, strict=True))
 
     @property
     def width(self) -> int:
@@ -66,15 +94,20 @@ class Covariance:
     def digest(self) -> str:
         """16 hexadecimal digits that name these statistics in a concept file."""
         summary = f"{self.tokens} {self.captions} {self.positions} {self.encoder_hash} {self.ridge}"
+        summary += f" {self.parts}" if self.parts else ""
         content = hashlib.sha256(summary.encode())
         content.update(self.matrix.contiguous().numpy().tobytes())
         return content.hexdigest()[:16]
 
     @cached_property
     def _regularised(self) -> Tensor:
-        mean_eigenvalue = self.matrix.trace() / self.width
-        identity = torch.eye(self.width, dtype=torch.float64)
-        return self.matrix + self.ridge * mean_eigenvalue * identity
+        found = self.matrix.clone()
+        for columns in self.columns:
+            block = found[columns, columns]
+            mean_eigenvalue = block.trace() / block.shape[0]
+            identity = torch.eye(block.shape[0], dtype=torch.float64)
+            found[columns, columns] = block + self.ridge * mean_eigenvalue * identity
+        return found
 
     @cached_property
     def factor(self) -> Tensor:
@@ -99,9 +132,13 @@ class Covariance:
     def dual(self, i: Vector) -> Vector:
         """``u = C^-1 i`` in fp64 on the CPU; the factor is computed once and kept.
 
+        In several parts i is the mean of the concept's tokens, one of each part, and u scales each
+        part to the same energy: so the similarity of each of these tokens is 1, however strong an
+        encoder speaks.
+
         Raises:
-            ValueError: when the width differs (naming both), and for a matrix that is not
-                positive definite.
+            ValueError: when the width differs (naming both), for a matrix that is not positive
+                definite, and for an i that is zero in one of the parts.
         """
         if i.shape != (self.width,):
             raise ValueError(
@@ -109,7 +146,16 @@ class Covariance:
                 f"{tuple(i.shape)}; measure the covariance with the model's own text encoder"
             )
         column = rearrange(i.detach().to("cpu", torch.float64), "d -> d 1")
-        return rearrange(torch.cholesky_solve(column, self.factor), "d 1 -> d")
+        u = rearrange(torch.cholesky_solve(column, self.factor), "d 1 -> d")
+        if not self.parts:
+            return u
+        shares = [column[columns, 0] @ u[columns] for columns in self.columns]
+        if not all(float(share) > 0 for share in shares):
+            raise ValueError(
+                f"expected an input with a share in each of the parts {self.parts}, found none in "
+                "one; the concept must be named in every text encoder"
+            )
+        return torch.cat([u[c] / share for c, share in zip(self.columns, shares, strict=True)])
 
 
 class CovarianceAccumulator:
@@ -119,12 +165,15 @@ class CovarianceAccumulator:
         width: D.
         positions: which tokens count, see `Covariance`.
         encoder_hash: names the text encoder.
+        parts: see `Covariance`.
 
     Raises:
         ValueError: for other positions.
     """
 
-    def __init__(self, width: int, positions: Positions, encoder_hash: str) -> None:
+    def __init__(
+        self, width: int, positions: Positions, encoder_hash: str, parts: tuple[int, ...] = ()
+    ) -> None:
         if positions not in ("words", "all"):
             raise ValueError(f"expected positions 'words' or 'all', found {positions!r}")
         self._sum = torch.zeros(width, width, dtype=torch.float64)
@@ -132,6 +181,7 @@ class CovarianceAccumulator:
         self._captions = 0
         self._positions: Positions = positions
         self._encoder_hash = encoder_hash
+        self._parts = parts
 
     def add(self, encodings: Encodings, mask: TokenMask | None = None) -> None:
         """Add the encodings of some captions.
@@ -187,4 +237,5 @@ class CovarianceAccumulator:
             positions=self._positions,
             encoder_hash=self._encoder_hash,
             ridge=ridge,
+            parts=self._parts,
         )

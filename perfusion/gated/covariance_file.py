@@ -42,6 +42,8 @@ def save_covariance(covariance: Covariance, path: Path) -> None:
         "encoder_hash": covariance.encoder_hash,
         "ridge": repr(covariance.ridge),
     }
+    if covariance.parts:
+        metadata["parts"] = ",".join(str(width) for width in covariance.parts)
     write_atomically(path, {_MATRIX: covariance.matrix.contiguous()}, metadata)
 
 
@@ -74,6 +76,7 @@ def load_covariance(path: Path) -> Covariance:
             positions=cast("Positions", metadata["positions"]),
             encoder_hash=metadata["encoder_hash"],
             ridge=float(metadata["ridge"]),
+            parts=tuple(int(width) for width in metadata.get("parts", "").split(",") if width),
         )
     except (KeyError, ValueError) as error:
         raise FileFormatError(f"{path}: expected a covariance, found: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,6 +56,30 @@ def finite_encoding(encoding: Tensor, word: str) -> Tensor:
             f"expected a finite encoding of {word!r}, found NaN or infinity; check the text encoder"
         )
     return encoding
+
+
+def marked_in_parts(
+    encoded: Conditioning, prompts: Sequence[str], word: str, parts: Sequence[slice]
+) -> Tensor:
+    """The encodings (P, B, D) at the last marked position of each prompt in every part.
+
+    Args:
+        encoded: the prompts.
+        prompts: what they say.
+        word: what messages call the concept's own token.
+        parts: columns of the encodings that tokens of one text encoder fill.
+
+    Raises:
+        ValueError: naming a prompt that has none in one of them.
+    """
+    if len(parts) == 1:
+        return last_marked(encoded, prompts, word)[None]
+    found = []
+    for columns in parts:
+        inside = (encoded.encodings[..., columns] != 0).any(dim=-1).cpu()
+        mask = encoded.mask.cpu() & inside
+        found.append(last_marked(replace(encoded, mask=mask), prompts, word))
+    return torch.stack(found)
 
 
 def last_marked(encoded: Conditioning, prompts: Sequence[str], word: str) -> Tensor:

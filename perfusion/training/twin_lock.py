@@ -2,8 +2,8 @@
 
 The placeholder's vector is fixed, so every prompt is encoded once, before the first step: as it
 stands (e) and with the superclass in the placeholder's place (t, its twin). The target input i is
-the mean of e at the placeholder, and with it the gates are fixed as well. A step then knows the
-model and tensors only; no text encoder runs in it.
+the mean of e at the placeholder (in each text encoder, where several are read), and with it the
+gates are fixed as well. A step then knows the model and tensors only; no text encoder runs in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..gated.rank_one import Direction
 from ..gated.twin_lock import TwinProjections, twin_gates, twin_inputs
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser, stacked_rows
-from .encodings import finite_encoding, last_marked, training_prompts
+from .encodings import finite_encoding, marked_in_parts, training_prompts
 from .lock import parameters
 
 
@@ -35,14 +35,13 @@ class TwinLock:
         self._row = {prompt: row for row, prompt in enumerate(prompts)}
         named, twin = _encoded(denoiser, prompts, self.embeddings, config.batch_size)
         denoiser.release_text()
-        at_place = last_marked(named, prompts, config.placeholder)
-        self.i = finite_encoding(at_place.to("cpu", torch.float64).mean(0), config.placeholder)
-        encoding = last_marked(twin, prompts, config.placeholder).float().mean(0)
-        self.superclass_encoding = finite_encoding(encoding, config.superclass)
-        values = locked_outputs(
-            lambda layer, e: denoiser.project(layer, "v", e), denoiser.layers, encoding
-        )
-        self.values = parameters(values, True)
+        parts = covariance.columns
+        own = marked_in_parts(named, prompts, config.placeholder, parts)
+        i = own.to("cpu", torch.float64).mean(1).mean(0)
+        self.i = finite_encoding(i, config.placeholder)
+        places = marked_in_parts(twin, prompts, config.placeholder, parts).float().mean(1)
+        self.superclass_encoding = finite_encoding(places.mean(0), config.superclass)
+        self.values = parameters(self._first_values(denoiser, places), True)
         self.keys: dict[str, Tensor] = {}
         self._named = named.encodings
         self._prompts = self._gated(twin)
@@ -57,6 +56,15 @@ class TwinLock:
         if not torch.equal(i, self.i):
             self.i = i
             self._prompts = self._gated(self._prompts.twin)
+
+    @staticmethod
+    def _first_values(denoiser: Denoiser, places: Tensor) -> dict[str, Tensor]:
+        """The superclass's values, the mean over its places (P, D) in the encodings' parts."""
+        found = [
+            locked_outputs(lambda layer, e: denoiser.project(layer, "v", e), denoiser.layers, place)
+            for place in places
+        ]
+        return {name: torch.stack([each[name] for each in found]).mean(0) for name in found[0]}
 
     def _gated(self, twin: Conditioning) -> GatedTwins:
         config = self._config

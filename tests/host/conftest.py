@@ -30,6 +30,7 @@ from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
 from comfyui_perfusion.host.interface import messages  # noqa: E402
 from comfyui_perfusion.host.models.families import cross_attentions, family_of  # noqa: E402
+from comfyui_perfusion.host.models.networks import SECOND_TEXTS  # noqa: E402
 from comfyui_perfusion.perfusion import Concept, edit_projection  # noqa: E402
 from comfyui_perfusion.perfusion.gated.gate import Gate  # noqa: E402
 
@@ -140,16 +141,20 @@ def build_vae(seed: int = 2) -> sd.VAE:
     return sd.VAE(sd=dict(network.state_dict()))
 
 
+def encoding_of(clip: sd.CLIP, word: str) -> torch.Tensor:
+    """Of the second token of a word, or of its only one; in each text encoder, side by side."""
+    made = clip.encode_from_tokens(clip.tokenize(word), return_dict=True)
+    every = (made["cond"], *(made[name] for name in SECOND_TEXTS if name in made))
+    return torch.cat([each[0, :2][-1] for each in every])
+
+
 def build_concept(
     model: model_patcher.ModelPatcher, clip: sd.CLIP, seed: int, placeholder: str, **changes: object
 ) -> Concept:
     """A concept with random contents that fits the model: its direction is a real encoding."""
     generator = torch.Generator().manual_seed(seed)
     family = family_of(model.model)
-    word, other = (
-        clip.encode_from_tokens(clip.tokenize(WORDS[(seed + offset) % len(WORDS)]))[0, :2][-1]
-        for offset in (0, 3)
-    )
+    word, other = (encoding_of(clip, WORDS[(seed + offset) % len(WORDS)]) for offset in (0, 3))
     return Concept(
         family=family.name,
         placeholder=placeholder,

@@ -19,7 +19,7 @@ import sentencepiece
 import torch
 from comfy import model_base, model_patcher, sd
 from comfy.ldm.anima.model import LLMAdapter
-from comfy.text_encoders import anima, cosmos, lt, pixart_t5, wan
+from comfy.text_encoders import anima, cosmos, hydit, lt, pixart_t5, wan
 from comfyui_perfusion.host.models.families import FAMILIES, Family, family_named
 
 from benchmarks._structures import PREDICT2
@@ -47,6 +47,7 @@ class Cross:
         layers: (count, d) of the published model.
         latent: shape of the small latents.
         locks: the key locks it takes.
+        widths: of the small text encoders, where they are not all `WIDTH`.
         shrink: makes parts small whose size no configuration tells.
     """
 
@@ -58,6 +59,7 @@ class Cross:
     layers: tuple[int, int]
     latent: tuple[int, ...] = (1, 16, 1, 8, 8)
     locks: tuple[str, ...] = ("twin", "local", "global")
+    widths: tuple[int, ...] = ()
     shrink: Callable = lambda network: None
 
 
@@ -110,6 +112,19 @@ def _pixart_clip() -> sd.CLIP:
 
 def _ltxv_clip() -> sd.CLIP:
     return build_clip(lt.LTXVT5Tokenizer, lt.ltxv_te(), {"t5xxl": T5})
+
+
+def _hunyuan_clip() -> sd.CLIP:
+    bert = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    mt5 = {**T5, "d_model": MT5_WIDTH, "vocab_size": 120}
+    configs = {"hydit_clip": bert, "mt5xl": mt5}
+    data = {"mt5xl.spiece_model": pieces()}
+    return build_clip(hydit.HyditTokenizer, hydit.HyditModel, configs, data)
 
 
 SMALL_COSMOS = {
@@ -165,6 +180,19 @@ SMALL_LTXV = {
     "caption_channels": WIDTH,
 }
 
+MT5_WIDTH = 48
+HUNYUAN_DIT = {"image_model": "hydit", "depth": 40, "hidden_size": 1408, "mlp_ratio": 4.3637}
+SMALL_HUNYUAN_DIT = {
+    "depth": 4,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "text_states_dim": WIDTH,
+    "text_states_dim_t5": MT5_WIDTH,
+    # As newer ones have.
+    "size_cond": True,
+    "use_style_cond": True,
+}
+
 CROSS: dict[str, Cross] = {
     "cosmos_predict2": Cross(
         supported.CosmosT2IPredict2,
@@ -212,6 +240,17 @@ CROSS: dict[str, Cross] = {
         (1, 4, 40, 40),
         locks=("twin",),
     ),
+    "hunyuan_dit": Cross(
+        supported.HunyuanDiT,
+        {**HUNYUAN_DIT, **SMALL_HUNYUAN_DIT},
+        HUNYUAN_DIT,
+        model_base.HunyuanDiT,
+        _hunyuan_clip,
+        (40, 1408),
+        (1, 4, 8, 8),
+        locks=("twin",),
+        widths=(WIDTH, MT5_WIDTH),
+    ),
     "ltxv": Cross(
         supported.LTXV,
         {**LTXV, **SMALL_LTXV},
@@ -251,7 +290,11 @@ def _table(rows: list[Family]) -> Iterator[None]:
 
 def _narrow(family: Family) -> Family:
     encoders, queries = (dict.fromkeys(each, WIDTH) for each in (family.encoders, family.queries))
-    return dataclasses.replace(family, encoders=encoders, queries=queries, width=WIDTH)
+    widths = CROSS[family.name].widths
+    if widths:
+        encoders = dict(zip(family.encoders, widths, strict=True))
+    width = sum(widths) or WIDTH
+    return dataclasses.replace(family, encoders=encoders, queries=queries, width=width)
 
 
 def build_cross(name: str, seed: int = 0) -> model_patcher.ModelPatcher:

@@ -8,19 +8,18 @@ import functools
 import comfy.model_management
 import pytest
 import torch
-from comfyui_perfusion.host.models.families import FAMILIES, cross_attentions, family_of
+from comfyui_perfusion.host.models.families import cross_attentions, family_of
 from comfyui_perfusion.host.models.native_loss import schedule
 from comfyui_perfusion.host.pictures.training_images import TrainingImages
 from comfyui_perfusion.host.text.covariance import measure_covariance
-from comfyui_perfusion.host.training.activations import kept_by_transformer
 from comfyui_perfusion.host.training.view import training_view
 from comfyui_perfusion.perfusion import Direction, load_concept, save_concept, train_concept
 from comfyui_perfusion.perfusion.gated.gate import Gate
 from comfyui_perfusion.perfusion.gated.twin_lock import TwinProjections, twin_gates, twin_inputs
 from comfyui_perfusion.perfusion.training.config import TrainingConfig
 
-from tests.host.cross_models import CROSS, build_cross, full_size, narrow_families, real_families
-from tests.host.injection.test_transformers import rows_of
+from tests.host.cross_models import CROSS, build_cross, narrow_families
+from tests.host.cross_oracle import rows_of
 from tests.host.training_world import batch_of
 
 PROMPTS = ["a photo of a <thing>", "an old <thing>, in the snow"]
@@ -62,6 +61,19 @@ def view_of(world):
 def unfilled(encodings):
     """How many tokens there are before the zeros that a prompt is filled up with."""
     return int((encodings != 0).any(-1).sum(1).max())
+
+
+def hunyuan_dit_is_given(encodings, known):
+    """BERT's 77 tokens and mT5's 256 behind them, apart, with their masks (2 more for mT5's)."""
+    width = CROSS["hunyuan_dit"].widths[0]
+    side = 8 * CROSS["hunyuan_dit"].latent[-1]
+    more = {
+        "encoder_hidden_states_t5": encodings[:, 77:, width:].contiguous(),
+        "text_embedding_mask": known[:, :77],
+        "text_embedding_mask_t5": known[:, 77:] - 2,
+        "image_meta_size": torch.tensor([[side, side, side, side, 0, 0]] * len(known)).float(),
+    }
+    return encodings[:, :77, :width].clone(), more
 
 
 def test_the_loss_of_a_step_is_that_of_the_pure_function(world):
@@ -114,9 +126,13 @@ def test_the_loss_of_a_step_is_that_of_the_pure_function(world):
             given = given[:, : unfilled(given)]
         gates = gates[:, : given.shape[1]]
         more = {"attention_mask": twin.extra} if network.masked else {}
+        if network.second is not None:
+            given, more = hunyuan_dit_is_given(given, twin.extra)
         denoised = base.apply_model(noisy, sigma, c_crossattn=given, **more)
-    # What each prediction is wrong by: noise and flow the error of x0 by sigma, Cosmos by its time.
-    time = sigma / (sigma + 1) if name == "cosmos_predict2" else sigma
+    # What each prediction is wrong by: noise and flow the error of x0 by sigma, Cosmos by its time,
+    # velocity by the share of the noise.
+    shares = {"cosmos_predict2": sigma + 1, "hunyuan_dit": (sigma**2 + 1).sqrt()}
+    time = sigma / shares.get(name, 1)
     expected = ((denoised - clean) / time.reshape(-1, *[1] * (clean.ndim - 1))).square()
     expected = expected.reshape(found.shape)
     scale = float(expected.abs().max())
@@ -149,24 +165,12 @@ def test_a_concept_is_learned_and_its_file_names_the_family(world, tmp_path):
 def test_the_covariance_counts_words_and_their_end_token(world):
     _, model, clip, _ = world
     covariance = measure_covariance(clip, CAPTIONS, positions="words", model=model)
-    name = family_of(model.model).positions
-    tokens = [clip.tokenize(caption, min_length=1)[name][0] for caption in CAPTIONS]
-    assert covariance.tokens == sum(len(each) for each in tokens)
+    counts = [
+        len(clip.tokenize(caption, min_length=1)[name][0])
+        # Of two text encoders, start tokens do not count.
+        - int(name == "hydit_clip")
+        for caption in CAPTIONS
+        for name in family_of(model.model).positions
+    ]
+    assert covariance.tokens == sum(counts)
     assert covariance.width == family_of(model.model).width
-
-
-COUNTABLE = [name for name in CROSS if not name.startswith("pixart")]
-
-
-@pytest.mark.parametrize("name", COUNTABLE)
-def test_memory_is_counted_at_full_size_and_less_of_it_with_checkpointing(name):
-    with real_families():
-        network = full_size(name).diffusion_model
-        width = next(family.width for family in FAMILIES if family.name == name)
-        axes = next(family.network.axes for family in FAMILIES if family.name == name)
-    latent = (1, CROSS[name].latent[1], *[1] * (axes - 4), 64, 64)
-    kept = kept_by_transformer(network, CROSS[name].full, latent, (512, width), torch.bfloat16)
-    count, d = CROSS[name].layers
-    # Of every layer at least the values of the text are kept, which learn.
-    assert kept.everything > count * 512 * d * 2
-    assert kept.checkpointed + kept.block < kept.everything / 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -30,6 +31,15 @@ def test_every_field_survives_to_the_bit(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["c.safetensors"]
 
 
+def test_the_parts_of_several_text_encoders_survive(tmp_path):
+    matrix = torch.block_diag(covariance().matrix[:2, :2], covariance().matrix[2:, 2:])
+    saved = replace(covariance(), matrix=matrix, parts=(2, 4))
+    save_covariance(saved, tmp_path / "c.safetensors")
+    found = load_covariance(tmp_path / "c.safetensors")
+    assert found.parts == (2, 4)
+    assert found.digest == saved.digest != replace(saved, parts=()).digest
+
+
 GOOD = {
     "perfusion_covariance_version": "1",
     "tokens": "5",
@@ -50,6 +60,10 @@ GOOD = {
         ({"covariance": torch.eye(3).double()}, {"tokens": "many"}, "invalid literal"),
         ({"covariance": torch.ones(3, 2).double()}, {}, "square"),
         ({"covariance": torch.full((2, 2), torch.nan).double()}, {}, "finite"),
+        ({"covariance": torch.eye(3).double()}, {"parts": "2,2"}, "add up to 3"),
+        ({"covariance": torch.eye(3).double()}, {"parts": "2,x"}, "invalid literal"),
+        ({"covariance": torch.ones(3, 3).double()}, {"parts": "1,2"}, "between the parts"),
+        ({"covariance": torch.eye(3).double()}, {"parts": "4,-1"}, "add up to 3"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, tensors, metadata, message):
