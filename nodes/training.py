@@ -263,6 +263,13 @@ class PerfusionCovariance(io.ComfyNode):
                     tooltip="Which tokens count. words: words and the end token. all: the start "
                     "token and the padding too.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model to train, where a part of it changes encodings before they "
+                    "are compared: Anima needs it. With other models it changes nothing and only "
+                    "checks that the text encoder belongs to it.",
+                ),
             ],
             outputs=[
                 CovarianceKind.Output(
@@ -283,6 +290,7 @@ class PerfusionCovariance(io.ComfyNode):
         captions_file: str = "",
         count: int = COUNT,
         positions: Positions = "words",
+        model: Any = None,
     ) -> io.NodeOutput:
         """PERFUSION_COVARIANCE, STRING; the report as text on the node."""
         if captions.strip():
@@ -291,6 +299,6 @@ class PerfusionCovariance(io.ComfyNode):
             source = of_file(captions_file.strip())
         else:
             source = known_to(clip, count)
-        covariance = covariance_with_progress(clip, source, positions)
+        covariance = covariance_with_progress(clip, source, positions, model)
         report = describe(covariance)
         return io.NodeOutput(covariance, report, ui=ui.PreviewText(report))

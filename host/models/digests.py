@@ -23,12 +23,19 @@ def weights_digest(patcher: ModelPatcher, more: str = "", within: str = "") -> s
     of weights whose names begin so.
     """
     content = hashlib.sha256(more.encode())
+    parameters = dict(patcher.model.named_parameters())
     # Not the patcher's own `get_key_patches`: it looks for every key among a module's attributes,
     # where the scales of quantised weights are not.
     for key, weight in sorted(patcher.model_state_dict().items()):
         if key.endswith(_MAY_BE_UNFILLED) or not key.startswith(within):
             continue
         content.update(key.encode())
+        if weight.is_meta:
+            # Packs that unpack weights where they are used make up a state, to have their memory
+            # counted; the packed bytes are in the model alone, and some of its keys are nowhere.
+            if key not in parameters:
+                continue
+            weight = parameters[key].detach().as_subclass(Tensor)
         _hash_values(content, _unpatched(patcher, key, weight))
         for strength, patch, *_ in patcher.patches.get(key, ()):
             content.update(f"{strength} {type(patch).__name__}".encode())

@@ -16,6 +16,7 @@ from comfy.sd import CLIP
 from ...perfusion.files.safe_file import FileFormatError
 from ...perfusion.gated.covariance import Covariance, CovarianceAccumulator, Positions
 from ...perfusion.gated.covariance_file import load_covariance, save_covariance
+from ..models.families import check_clip, family_of
 from ..models.query_adapter import adapter_digest, adapter_of
 from .caption_sources import CaptionSource
 from .text_encoders import TextEncoders, Tokens, as_long_as
@@ -85,7 +86,13 @@ def covariance_of(
 
     The same means: encoder weights and patches, layer, captions, positions, and those of the
     `model` where it adapts encodings. A damaged file is measured anew and replaced.
+
+    Raises:
+        UnsupportedModelError: for a `clip` that does not belong to the `model`, and for one
+            without where the model adapts encodings.
     """
+    if model is not None:
+        check_clip(clip, family_of(model.model))
     text = TextEncoders(clip)
     adapts = model is not None and bool(text.family.queries)
     more = f" {adapter_digest(model)}" if model is not None and adapts else ""

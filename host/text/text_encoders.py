@@ -165,8 +165,8 @@ class TextEncoders:
         if self.adapter is None:
             raise UnsupportedModelError(
                 f"what {self.family.label} reads is made by an adapter within the model, so the "
-                "text encoder alone does not tell it; connect no covariance to Train Concept, "
-                "which then measures it with the model"
+                "text encoder alone does not tell it; connect the model to Measure Covariance, or "
+                "no covariance to Train Concept, which then measures it itself"
             )
         return self.adapter
 

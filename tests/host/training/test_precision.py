@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import comfy.ops
 import pytest
 import torch
@@ -10,6 +11,7 @@ from comfyui_perfusion.host.models.families import cross_attentions
 from comfyui_perfusion.host.training.private_copy import PRECISIONS
 from comfyui_perfusion.perfusion import Covariance, TrainingConfig, train_concept
 
+from tests.host.injection import weight_formats as formats
 from tests.host.training_world import Kept, batch_of, edit_for, gradients, view_of
 
 # Each pass is some two hundred operations in a row whose results are rounded, by at most half the
@@ -135,6 +137,39 @@ def test_weights_stored_in_fp8_train_as_their_values_do(worlds, world, checkpoin
     torch.testing.assert_close(loss, expected_loss)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
     assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("when", ["bare", "lora", "loaded"])
+def test_weights_that_a_pack_unpacks_train_as_their_values_do(worlds, world, when):
+    values = worlds.base_model("sd1_light")
+    worlds.randomise(values.diffusion_model, 0)
+    models = {}
+    model, stored = formats.packed(worlds, values.diffusion_model.state_dict())
+    models["packed"], models["plain"] = model, formats.plain(worlds, stored)
+    if when != "bare":
+        lora = worlds.lora(models["plain"], 5)
+        models = {name: worlds.with_lora(each, lora) for name, each in models.items()}
+    drawn = {name: worlds.sample(each, world[1], "a mug", 1) for name, each in models.items()}
+    if when != "loaded":
+        comfy.model_management.unload_all_models()
+    found = {}
+    for name, each in models.items():
+        with view_of((each, *world[1:])) as view:
+            found[name] = gradients(view)
+    torch.testing.assert_close(found["packed"][0], found["plain"][0])
+    assert distance(found["packed"][1], found["plain"][1]) < AGREEMENT["fp32"]
+    assert torch.equal(worlds.sample(models["packed"], world[1], "a mug", 1), drawn["packed"])
+
+
+def test_packed_weights_are_part_of_what_a_run_can_be_continued_with(worlds, world):
+    state = worlds.base_model("sd1_light").diffusion_model
+    hashes = []
+    for seed in (0, 0, 1):
+        worlds.randomise(state, seed)
+        model, _ = formats.packed(worlds, state.state_dict())
+        with view_of((model, *world[1:])) as view:
+            hashes.append(view.data_hash)
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
