@@ -161,7 +161,7 @@ def oracle(small, concepts, pairs, pure=None):
         found = []
         for row in context:
             prompt, twin = pair_of(row)
-            gates = twin_gates(prompt, twin, [concept.direction() for concept in concepts])[0]
+            gates = twin_gates(prompt, twin, [c.twin_direction() for c in concepts])[0]
             found.append(functional.linear(twin_inputs(row, gates), weight, bias) + gates @ outputs)
         return torch.stack(found)
 
