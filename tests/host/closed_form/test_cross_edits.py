@@ -21,7 +21,7 @@ from comfy import model_patcher
 from comfy.quant_ops import QuantizedTensor
 from comfyui_perfusion.host.closed_form.edits import preserve_prompts
 from comfyui_perfusion.host.closed_form.readings import text_side
-from comfyui_perfusion.host.models.editable import edited_as
+from comfyui_perfusion.host.models.editable import EDITED, edited_as
 from comfyui_perfusion.host.models.families import UnsupportedModelError, cross_attentions
 from comfyui_perfusion.host.models.networks import FusedPart
 from comfyui_perfusion.host.text.covariance import measure_covariance
@@ -57,6 +57,10 @@ BETWEEN = {
     "pixart_alpha": "y_embedder.y_proj.fc1",
     "ltxv": "caption_projection.linear_2",
 }
+
+
+# HunyuanDiT's maps read two encodings of different widths.
+ACTED_ON = [name for name in CROSS if family_row(name).network in EDITED]
 
 
 class Small:
@@ -119,7 +123,7 @@ def smalls():
     return functools.cache(Small)
 
 
-@pytest.fixture(params=CROSS)
+@pytest.fixture(params=ACTED_ON)
 def small(request, smalls):
     return smalls(request.param)
 
@@ -299,7 +303,7 @@ def test_a_saved_edit_loaded_by_the_stock_node_is_the_edit(small, loras, rank, a
     assert float((drawn_by_lora - drawn).norm()) < allowed * far
 
 
-@pytest.mark.parametrize("name", CROSS)
+@pytest.mark.parametrize("name", ACTED_ON)
 def test_every_key_and_value_of_the_published_model_has_a_name_in_lora_files(name):
     with real_families():
         model = full_size(name)
@@ -311,6 +315,11 @@ def test_every_key_and_value_of_the_published_model_has_a_name_in_lora_files(nam
         for layer in layers:
             for part in family.network.projections:
                 assert f"{PREFIX}{layer.name}.{part}.weight" in known
+
+
+def test_hunyuan_dit_is_refused_by_name_with_what_works_on_it(smalls):
+    with pytest.raises(UnsupportedModelError, match=r"^HunyuanDiT cannot be edited.*Train Concept"):
+        edited_as(smalls("hunyuan_dit").model.model)
 
 
 def test_values_alone_leave_the_keys_as_they_are(small):

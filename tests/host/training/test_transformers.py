@@ -174,3 +174,17 @@ def test_the_covariance_counts_words_and_their_end_token(world):
     ]
     assert covariance.tokens == sum(counts)
     assert covariance.width == family_of(model.model).width
+
+
+def test_the_covariance_of_all_positions_counts_padding_too(world):
+    _, model, clip, _ = world
+    covariance = measure_covariance(clip, CAPTIONS, positions="all", model=model)
+    words = measure_covariance(clip, CAPTIONS, positions="words", model=model)
+    names = family_of(model.model).positions
+    filled = sum(len(clip.tokenize(each)[name][0]) for each in CAPTIONS for name in names)
+    # Anima's adapter fills what it makes up to 512 tokens.
+    if family_of(model.model).network.adapts:
+        filled = 512 * len(CAPTIONS)
+    assert covariance.tokens == filled
+    assert covariance.tokens >= words.tokens
+    assert covariance.captions == words.captions == len(CAPTIONS)
