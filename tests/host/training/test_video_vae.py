@@ -20,7 +20,7 @@ from comfyui_perfusion.nodes.concepts import (
 )
 from comfyui_perfusion.nodes.training import PerfusionCovariance, PerfusionTrainConcept
 
-from tests.host.cross_models import CROSS, build_cross, narrow_families, randomise
+from tests.host.cross_models import CROSS, narrow_families, randomise
 from tests.host.injection.test_transformers import Small
 from tests.host.small_training import use_folder
 
