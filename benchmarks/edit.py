@@ -31,6 +31,7 @@ from inprocess import load_pack
 load_pack()
 
 from comfyui_perfusion.host.text.caption_sources import sentences_known_to  # noqa: E402
+from comfyui_perfusion.perfusion.closed_form.counts import Counted  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.erasure import GENERIC_ANCHOR, Erasure  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.mace import refinement_constraints  # noqa: E402
 from comfyui_perfusion.perfusion.closed_form.preserve import preserve  # noqa: E402
@@ -233,6 +234,7 @@ def debias_table(world: World, pictures: int, rounds: int) -> list[dict[str, Any
     concept, attributes = "mug", ("white", "blue")
     white, blue = (COLOR_NAMES.index(name) for name in attributes)
     rows, model = [], world.model
+    counted: tuple[Counted, ...] = ()
     for turn in range(rounds + 1):
         drawn = world.draw(model, [SOURCE.format(concept)] * pictures, seed=400)
         first = float(drawn.rather("color", white, blue).float().mean())
@@ -249,9 +251,11 @@ def debias_table(world: World, pictures: int, rounds: int) -> list[dict[str, Any
         )
         if turn == rounds or first == 0.5:
             break
-        asked = Debiasing(concept, attributes, (first, 1 - first), step=0.5)
+        shares = first, 1 - first
+        asked = Debiasing(concept, attributes, shares, step=0.5, earlier=counted)
         constraints = debias_constraints(world.encode, [asked])
         model = world.edited(model, constraints, UCE_RIDGE, f"turn {turn}")
+        counted = (*counted, Counted(shares, asked.pushes))
     return rows
 
 

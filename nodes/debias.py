@@ -55,8 +55,9 @@ class PerfusionDebias(io.ComfyNode):
                     min=0.01,
                     max=100.0,
                     step=0.01,
-                    tooltip="How far to push for what is missing. Measure again afterwards and "
-                    "add a further node if it was not enough.",
+                    tooltip="How far to push for what is missing. Count again afterwards and "
+                    "add a further node with the new count; where this one went too far, that "
+                    "one goes back by less.",
                 ),
                 *solving(RIDGE),
             ],

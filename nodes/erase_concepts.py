@@ -36,8 +36,9 @@ class PerfusionEraseConcepts(io.ComfyNode):
                     "method",
                     options=[BOTH, REPLACEMENT, REFINEMENT],
                     default=BOTH,
-                    tooltip="replacement (UCE) changes the words themselves, refinement (MACE) "
-                    "only what the words around them still say of them.",
+                    tooltip="replacement (UCE) erases the word itself. refinement (MACE) erases "
+                    "only what the words around it still say of it: alone it leaves the word "
+                    "working (in MACE a training does the rest). both does both.",
                 ),
                 io.String.Input(
                     "sentences",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ...perfusion.closed_form.constraints import Constraints
+from ...perfusion.closed_form.counts import Counted
 from ...perfusion.closed_form.erasure import check_erasures, parse_erasures
 from ...perfusion.closed_form.mace import SENTENCES, refinement_constraints
 from ...perfusion.closed_form.preserve import Preserved, preserve
@@ -18,7 +19,7 @@ from ...perfusion.closed_form.uce import Debiasing, debias_constraints, replacem
 from ...perfusion.gated.covariance import Covariance
 from ..text.text_encoders import TextEncoders
 from .readings import Encoder, Reading, TextSide, text_side
-from .weight_patches import EditSettings, Task, apply_edit
+from .weight_patches import AppliedEdit, EditSettings, Task, applied_edits, apply_edit
 
 REFINEMENT, REPLACEMENT, BOTH = "refinement", "replacement", "both"
 
@@ -141,18 +142,41 @@ def debias(
 ) -> tuple[ModelPatcher, str]:
     """UCE's debiasing of concepts towards wanted shares of attributes; the MODEL and the report.
 
+    What was counted for the edits that the MODEL carries already, for the same words, shortens the
+    step (`perfusion.closed_form.counts`).
+
     Raises:
         ValueError: for no concept, and for shares that are met already.
     """
     side = text_side(model, clip, settings.layers, settings.with_to_k)
     if not debiasings:
         raise ValueError("expected at least one concept to debias, found none; write one a line")
+    carried = () if settings.restart else applied_edits(model)
+    asked = tuple(replace(each, earlier=_counted(carried, each)) for each in debiasings)
 
     def ask(encode: Encoder) -> Iterator[Constraints]:
-        yield debias_constraints(encode, debiasings)
+        yield debias_constraints(encode, asked)
 
-    label = "debias " + ", ".join(each.concept for each in debiasings)
-    return _apply(model, side, ask, settings, label, preserved)
+    label = "debias " + ", ".join(each.concept for each in asked)
+    patched, report = _apply(model, side, ask, settings, label, preserved, asked)
+    return patched, "\n".join([report, *(_pushed(each) for each in asked)])
+
+
+def _counted(carried: Sequence[AppliedEdit], asked: Debiasing) -> tuple[Counted, ...]:
+    return tuple(
+        Counted(past.measured, tuple(edit.strength * push for push in past.pushes))
+        for edit in carried
+        for past in edit.debiased
+        if (past.concept, past.attributes) == (asked.concept, asked.attributes)
+    )
+
+
+def _pushed(asked: Debiasing) -> str:
+    pairs = zip(asked.attributes, asked.pushes, strict=True)
+    pushed = ", ".join(f"{push:+.3g} {attribute}" for attribute, push in pairs)
+    plain = replace(asked, earlier=()).pushes
+    shorter = " (shortened by earlier counts)" if asked.pushes != plain else ""
+    return f"{asked.concept}: {pushed}{shorter}"
 
 
 def preserve_prompts(
@@ -185,6 +209,7 @@ def _apply(
     settings: EditSettings,
     label: str,
     preserved: ToPreserve | None,
+    debiased: tuple[Debiasing, ...] = (),
 ) -> tuple[ModelPatcher, str]:
     tasks = (
         Task(
@@ -196,7 +221,7 @@ def _apply(
         )
         for reading in side.readings
     )
-    patched, report = apply_edit(model, tasks, settings, label)
+    patched, report = apply_edit(model, tasks, settings, label, debiased)
     lines = [label, report.text(), f"strength {settings.strength:g}"]
     if side.beside:
         lines.append(f"not edited: {side.label} also has {side.beside}")

@@ -17,6 +17,7 @@ from ...perfusion.closed_form.low_rank import LowRank
 from ...perfusion.closed_form.preserve import Preserved
 from ...perfusion.closed_form.report import EditReport
 from ...perfusion.closed_form.solver import solve
+from ...perfusion.closed_form.uce import Debiasing
 from .stored_weights import PREFIX, weights_of
 
 KEY = "perfusion_edits"
@@ -50,11 +51,13 @@ class AppliedEdit:
         label: what was edited, for people.
         strength: of its patches.
         adapters: weight key -> the patch.
+        debiased: what was counted for it, where it balances shares.
     """
 
     label: str
     strength: float
     adapters: Mapping[str, LoRAAdapter]
+    debiased: tuple[Debiasing, ...] = ()
 
     def changes(self) -> dict[str, LowRank]:
         """Weight key -> the change at this edit's strength."""
@@ -89,7 +92,11 @@ def applied_edits(model: ModelPatcher) -> tuple[AppliedEdit, ...]:
 
 
 def apply_edit(
-    model: ModelPatcher, tasks: Iterable[Task], settings: EditSettings, label: str
+    model: ModelPatcher,
+    tasks: Iterable[Task],
+    settings: EditSettings,
+    label: str,
+    debiased: tuple[Debiasing, ...] = (),
 ) -> tuple[ModelPatcher, EditReport]:
     """A clone of a MODEL with one more edit, and what the edit does.
 
@@ -101,6 +108,7 @@ def apply_edit(
         tasks: what to ask, one for each kind of encodings that the model reads.
         settings: how to solve, and where.
         label: what is edited, for people.
+        debiased: what was counted for it, for edits that follow.
 
     Raises:
         ValueError: for constraints that cannot be met, for widths that differ, and for weights
@@ -115,7 +123,7 @@ def apply_edit(
         reports.append(report)
     if settings.strength != 0:
         patched.add_patches(adapters, settings.strength)
-    one = AppliedEdit(label, settings.strength, adapters)
+    one = AppliedEdit(label, settings.strength, adapters, debiased)
     patched.set_attachments(KEY, (*applied_edits(patched), one))
     return patched, EditReport.joined(reports)
 

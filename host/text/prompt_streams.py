@@ -61,7 +61,7 @@ def family_stream(family: Family, model: ModelPatcher) -> Stream:
         family: of the model.
         model: is loaded where it adapts encodings itself.
     """
-    name = family.positions
+    (name,) = family.positions
     rows = _adapted(model) if family.network.adapts else _whole
     return Stream(name, name, rows, masked=family.network.masked)
 

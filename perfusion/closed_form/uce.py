@@ -12,6 +12,7 @@ import torch
 
 from ..text.encoded_prompt import EncodePrompts, check_prompt
 from .constraints import Constraints
+from .counts import Counted, next_pushes
 from .erasure import Erasure, swaps
 from .even_sample import Rows
 
@@ -29,6 +30,7 @@ class Debiasing:
         measured: shares of the attributes in pictures of the concept, as the model draws it now.
         wanted: shares to reach; equal ones when empty.
         step: how far to push for a share that is wrong by 1.
+        earlier: what was counted and pushed before, in order.
     """
 
     concept: str
@@ -36,6 +38,7 @@ class Debiasing:
     measured: tuple[float, ...]
     wanted: tuple[float, ...] = ()
     step: float = 1.0
+    earlier: tuple[Counted, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.attributes)
@@ -57,12 +60,10 @@ class Debiasing:
 
     @property
     def pushes(self) -> tuple[float, ...]:
-        """How much of each attribute to add: step times what is missing of it. Their sum is 0."""
+        """How much of each attribute to add, see `next_pushes`. Their sum is 0."""
         count = len(self.attributes)
         wanted = self.wanted or (1 / count,) * count
-        return tuple(
-            self.step * (want - have) for want, have in zip(wanted, self.measured, strict=True)
-        )
+        return next_pushes(self.measured, wanted, self.step, self.earlier)
 
 
 def concept_vectors(encode: EncodePrompts, phrases: Sequence[str]) -> Rows:
@@ -113,7 +114,7 @@ def debias_constraints(encode: EncodePrompts, debiasings: Sequence[Debiasing]) -
 
     v = W (c + sum_i alpha_i a_i) with alpha_i in proportion to the share that is missing, summed in
     fp64. As in the paper the shares are measured again after an edit, and a further edit follows
-    until they are met.
+    until they are met; what was counted before shortens its step (`next_pushes`).
 
     Raises:
         ValueError: when the shares are met already.

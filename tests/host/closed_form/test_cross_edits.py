@@ -102,7 +102,7 @@ class Small:
         (reading,) = text_side(model or self.model, self.clip, "", True).readings
         return reading.encoders[0](prompts)
 
-    def edited(self):
+    def edited_keys(self):
         """The weights of all keys and values."""
         return [
             f"{PREFIX}{layer.name}.{part}.weight"

@@ -361,6 +361,24 @@ def debias(model, clip, **changes):
     return PerfusionDebias.execute(model, clip, **settings).args
 
 
+def test_a_further_debiasing_goes_back_by_less_where_earlier_counts_show_the_way(worlds):
+    model, clip = worlds.model("small"), worlds.clip("sd1")
+    settings = {"concepts": "mug", "attributes": "white\nblue", "step": 1.0}
+    first, report = debias(model, clip, **settings, measured="0.8, 0.2", strength=0.5)
+    assert "mug: -0.3 white, +0.3 blue" in report
+    assert "shortened" not in report
+    # Half of it was applied and half of the mugs' share changed sides: half of the way back.
+    second, report = debias(first, clip, **settings, measured="0.2, 0.8")
+    assert "mug: +0.075 white, -0.075 blue (shortened by earlier counts)" in report
+    # The next one knows both counts, and the way between them.
+    _, report = debias(second, clip, **settings, measured="0.6, 0.4")
+    assert "mug: -0.0187 white, +0.0187 blue (shortened" in report
+    for other in ({"restart": True}, {"attributes": "white\nred"}, {"concepts": "cup"}):
+        _, report = debias(first, clip, **{**settings, "measured": "0.2, 0.8", **other})
+        assert "+0.3 white" in report
+        assert "shortened" not in report
+
+
 def test_debiasing_pushes_each_concept_towards_the_rarer_attribute(worlds):
     model, clip = worlds.model("small"), worlds.clip("sd1")
     edited, report = debias(model, clip, ridge=1e-4)
