@@ -12,6 +12,7 @@ const LETTER = 6.2;
 const LEAST_LINES = 3;
 const MOST_LINES = 26;
 const WIDTH = 380; // of a node with more than a line or two
+const MARK = "! "; // before a hint
 const ENOUGH = 30; // more height than the least, in which a text can be read and scrolled
 
 let fresh = false;
@@ -61,14 +62,18 @@ function say(node, { hints, report }) {
   const said = (node.perfusionSaid ??= { hints: [], report: "" });
   if (hints) said.hints = hints;
   if (report !== undefined) said.report = report;
-  const text = [...said.hints.map((hint) => `! ${hint}`), said.report].filter(Boolean).join("\n");
+  const text = [...said.hints.map((hint) => MARK + hint), said.report].filter(Boolean).join("\n");
   if (text || node.widgets?.some((widget) => widget.name === NAME)) show(node, text);
   keep(node, text);
 }
 
 function restore(node) {
   const text = kept(node) ?? app.nodeOutputs?.[node.id]?.text?.join("\n");
-  if (text) say(node, { report: text });
+  if (!text) return;
+  const lines = text.split("\n");
+  const isHint = (line) => line.startsWith(MARK);
+  const hints = lines.filter(isHint).map((line) => line.slice(MARK.length));
+  say(node, { hints, report: lines.filter((line) => !isHint(line)).join("\n") });
 }
 
 // Where a hint belongs: on the node of ours that it came from, or on the one before a sampler.
@@ -86,8 +91,10 @@ function placeOf(node, seen = new Set()) {
 function hint({ detail }) {
   const node = nodeOf(detail.node);
   const place = placeOf(node);
-  const old = place?.perfusionSaid?.hints ?? [];
+  const { hints: old = [], before = [] } = place?.perfusionSaid ?? {};
   if (place && !old.includes(detail.text)) say(place, { hints: [...old, detail.text] });
+  // The node says it already: a page that is run again and again would fill up with toasts.
+  if ([...old, ...before].includes(detail.text)) return;
   app.extensionManager?.toast?.add({
     severity: "warn",
     summary: (place ?? node)?.title ?? "Perfusion",
@@ -98,7 +105,9 @@ function hint({ detail }) {
 
 function forgetHints() {
   for (const node of app.graph.nodes) {
-    if (node.perfusionSaid?.hints.length) say(node, { hints: [] });
+    if (!node.perfusionSaid) continue;
+    node.perfusionSaid.before = node.perfusionSaid.hints;
+    if (node.perfusionSaid.hints.length) say(node, { hints: [] });
   }
 }
 

@@ -31,6 +31,16 @@ PANEL = """() => {
 REPORTS = """() => window.app.graph.nodes
     .map(node => [node.type, node.widgets?.find(widget => widget.name === "perfusion_text")?.value])
     .filter(([, text]) => text)"""
+ANOTHER_SEED = """() => {
+    window.perfusionToasts = [];
+    const toast = window.app.extensionManager.toast, add = toast.add;
+    toast.add = message => {
+        if (message.detail?.includes("met no step")) window.perfusionToasts.push(message.detail);
+        add(message);
+    };
+    const sampler = window.app.graph.nodes.find(node => node.type === "KSampler");
+    sampler.widgets.find(widget => widget.name === "seed").value += 1;
+}"""
 SAVED = "() => JSON.stringify(window.app.graph.serialize())"
 
 
@@ -108,6 +118,16 @@ def test_a_hint_is_said_on_the_page_and_on_the_node_that_applied_the_concept(
     toast = trained.locator(".p-toast-message").filter(has_text="met no step")
     expect(toast).to_have_count(1)
     expect(toast).to_contain_text("Apply Concepts: scheduled")
+    # Another run says it on the node and does not interrupt again, nor after a reload.
+    for reload in (False, True):
+        if reload:
+            trained.reload()
+            trained.wait_for_function(READY, timeout=120_000)
+            trained.wait_for_function(f"({REPORTS})().length >= 1", timeout=30_000)
+        trained.evaluate(ANOTHER_SEED)
+        run(trained)
+        assert trained.evaluate("() => window.perfusionToasts") == []
+        assert [text for _, text in trained.evaluate(REPORTS) if "met no" in text] == hints
     # A run without anything to say takes it away.
     trained.evaluate(
         """() => {

@@ -76,7 +76,9 @@ def test_photos_become_a_concept_that_pictures_and_videos_are_drawn_with(
     random = torch.Generator().manual_seed(0)
     photos = [torch.rand(1, 64, width, 3, generator=random) for width in (64, 96)]
     options = TrainingOptions(
-        sample_every=2, sample_prompts=("a photo of a {}",), sample_steps=1, checkpoint_every=2
+        **{"sample_every": 2, "sample_steps": 1, "checkpoint_every": 2},
+        templates=("a photo of a {}",),
+        sample_prompts=("a photo of a {}",),
     )
     with torch.inference_mode():
         covariance = PerfusionCovariance.execute(small.clip, CAPTIONS, model=small.model).args[0]
