@@ -17,6 +17,7 @@ from torch import Tensor
 from ...perfusion.concept.concept import Concept
 from ...perfusion.gated.rank_one import Basis, combine
 from ..models.blocks import layers_in
+from .key_locks import KeyLock
 
 Acting = tuple[int, ...]
 """Numbers of the concepts that act, in their order."""
@@ -39,8 +40,11 @@ class Agenda:
     what is left of them.
     """
 
-    def __init__(self, concepts: Sequence[Concept], layers: Sequence[str]) -> None:
+    def __init__(
+        self, concepts: Sequence[Concept], layers: Sequence[str], key_lock: KeyLock
+    ) -> None:
         self.concepts = tuple(concepts)
+        self._twin = key_lock == "twin"
         where = [
             frozenset(layers) if c.schedule is None else layers_in(c.schedule.blocks, layers)
             for c in concepts
@@ -66,7 +70,8 @@ class Agenda:
             ValueError: for concepts that cannot act together.
         """
         if acting not in self._bases:
-            basis = combine([self.concepts[at].direction() for at in acting])
+            chosen = [self.concepts[at] for at in acting]
+            basis = combine([c.twin_direction() if self._twin else c.direction() for c in chosen])
             self._bases[acting] = basis.to(torch.device("cpu"), torch.float32)
         return self._bases[acting]
 

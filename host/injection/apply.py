@@ -57,7 +57,7 @@ def apply_concepts(
     patched.set_attachments(KEY, applied)
     if active:
         patched.set_attachments(_LOCK, key_lock)
-    agenda = Agenda(active, [layer.name for layer in cross_attentions(model.model)])
+    agenda = Agenda(active, [layer.name for layer in cross_attentions(model.model)], key_lock)
     set_injection(patched, ConceptInjection(agenda, key_lock) if active else None)
     twin_lock = key_lock == "twin"
     return patched, with_twins(with_placeholders(clip, concepts, twin_lock), concepts, twin_lock)

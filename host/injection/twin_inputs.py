@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...perfusion.gated.rank_one import Basis, similarities
+from ...perfusion.gated.rank_one import Basis
 from ...perfusion.gated.twin_lock import (
     as_tokens_of,
     named_tokens,
     open_twin_gates,
     twin_inputs,
+    twin_similarities,
 )
 from ..text.twin import TwinEncoding, untwined
 from .agenda import Acting, Agenda
@@ -88,9 +89,8 @@ class TwinInputs(SharedInputs):
     def _gates_of(self, prompt: Tensor, twin: Tensor) -> Tensor:
         if self.basis is None:
             self.basis = self._moved(self._basis_on(prompt.device))
-        return open_twin_gates(
-            similarities(prompt, self.basis), named_tokens(prompt, twin), self.basis
-        )
+        similarity = twin_similarities(prompt, twin, self.basis)
+        return open_twin_gates(similarity, named_tokens(prompt, twin), self.basis)
 
     def _moved(self, basis: Basis) -> Basis:
         moved = self._agenda.gates(self.acting, self._progress)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..gated.gate import INFERENCE_GATE, TRAINING_GATE, Gate
 from ..gated.gate_schedule import GateSchedule
 from ..gated.rank_one import Direction
+from ..gated.twin_lock import twin_direction
 from ..shapes import Vector
 from ..text.words import check_identifier, check_phrase, check_word
 
@@ -131,6 +132,10 @@ class Concept:
     def direction(self) -> Direction:
         """The gate and direction `rank_one` works with, named after the placeholder."""
         return Direction(self.i, self.u, self.gate, name=self.placeholder)
+
+    def twin_direction(self) -> Direction:
+        """The same for twin lock, which compares what the placeholder changes."""
+        return twin_direction(self.i, self.superclass_encoding, self.gate, self.placeholder)
 
     def _with(self, **fields: object) -> Concept:
         """A copy with fields that were checked when they were made: the others still fit."""

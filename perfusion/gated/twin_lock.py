@@ -1,8 +1,11 @@
 """Twin lock: the prompt reads as its superclass, and a concept speaks in values only.
 
 The *twin* ``t`` of a prompt has the superclass words where the prompt ``e`` has placeholders. The
-model is conditioned on ``t``; from ``e`` come the similarities alone, and with them the gates::
+model is conditioned on ``t``; from ``e`` come the similarities alone, and with them the gates.
+A concept is recognised by what its word changes, ``d = i - i_superclass``: i and the superclass's
+encoding are nearly parallel, and what the place in a sentence does to both is not in ``e - t``::
 
+    s_c = (e - t) . d_c / |d_c|^2
     g_c = sigmoid((s_c - bias_c) / temperature_c), and 0 at every token where e equals t
     a_c = w_c g_c / max(1, sum_b min(w_b, 1) g_b)
     K:  h = W_K t                   V:  h = W_V (1 - sum_c a_c) t + sum_c a_c o_c
@@ -20,8 +23,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn, sigmoid
 
+from ..shapes import Vector
+from .gate import Gate
 from .rank_one import Basis, Direction, Part, combine, similarities
 
 
@@ -68,13 +74,28 @@ class TwinProjections:
         return hidden + gates @ self.values[layer].to(hidden)
 
 
+def twin_direction(
+    i: Vector, superclass_encoding: Vector, gate: Gate, name: str = "concept"
+) -> Direction:
+    """What a concept's word changes, d, as the direction that `twin_gates` compares ``e - t`` with.
+
+    Args:
+        i: the encoding of the concept's word (D,).
+        superclass_encoding: that of the superclass in its place (D,).
+        gate: when the gate opens, and the strength.
+        name: what messages call the concept.
+    """
+    change = i - superclass_encoding
+    return Direction(change, change, gate, name)
+
+
 def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] | Basis) -> Tensor:
     """The gates a (..., N, k) of every token, already multiplied by the strengths.
 
     Args:
         encodings: e (..., N, D), of the prompts with placeholders.
         twin: t (..., N, D), of the prompts with superclass words.
-        directions: the concepts, or what `combine` made of them.
+        directions: those of `twin_direction`, or what `combine` made of them.
 
     Returns:
         a in fp32 (fp64 for fp64 encodings).
@@ -88,8 +109,14 @@ def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] 
             f"{tuple(twin.shape)}; encode both with as many tokens"
         )
     basis = directions if isinstance(directions, Basis) else combine(directions)
-    similarity = similarities(encodings, basis)
+    similarity = twin_similarities(encodings, twin, basis)
     return open_twin_gates(similarity, named_tokens(encodings, twin), basis)
+
+
+def twin_similarities(encodings: Tensor, twin: Tensor, basis: Basis) -> Tensor:
+    """s (..., N, k) of every token in fp32 (fp64 for fp64 encodings): 1 where e - t is d."""
+    dtype = torch.promote_types(encodings.dtype, torch.float32)
+    return similarities(encodings.to(dtype) - twin.to(dtype), basis)
 
 
 def as_tokens_of(read: Tensor, gates: Tensor) -> Tensor:

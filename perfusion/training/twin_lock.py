@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..gated.covariance import Covariance
 from ..gated.key_lock import locked_outputs
-from ..gated.rank_one import Direction
-from ..gated.twin_lock import TwinProjections, twin_gates, twin_inputs
+from ..gated.twin_lock import TwinProjections, twin_direction, twin_gates, twin_inputs
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser, stacked_rows
 from .encodings import finite_encoding, marked_in_parts, training_prompts
@@ -29,7 +28,6 @@ class TwinLock:
 
     def __init__(self, denoiser: Denoiser, config: TrainingConfig, covariance: Covariance) -> None:
         self._config = config
-        self._covariance = covariance
         self.embeddings = parameters(denoiser.random_embeddings(), False)
         prompts = tuple(dict.fromkeys(training_prompts(config, config.placeholder)))
         self._row = {prompt: row for row, prompt in enumerate(prompts)}
@@ -68,8 +66,8 @@ class TwinLock:
 
     def _gated(self, twin: Conditioning) -> GatedTwins:
         config = self._config
-        u = self._covariance.dual(self.i)
-        direction = Direction(i=self.i, u=u, gate=config.gate, name=config.placeholder)
+        superclass = self.superclass_encoding.to(self.i)
+        direction = twin_direction(self.i, superclass, config.gate, config.placeholder)
         gates = twin_gates(self._named, twin.encodings, [direction])
         return GatedTwins(twin, twin_inputs(twin.encodings, gates), gates)
 

@@ -40,7 +40,7 @@ def oracle(worlds, model, concepts, pairs, acting=lambda layer, concept: True, l
         if not chosen:
             return torch.nn.functional.linear(context, weight)
         outputs = torch.stack([concept.o_v[name] for concept in chosen])
-        directions = [concept.direction() for concept in chosen]
+        directions = [concept.twin_direction() for concept in chosen]
         rows = [twin_projection(weight, *pair_of(row), directions, outputs) for row in context]
         return torch.stack(rows)
 

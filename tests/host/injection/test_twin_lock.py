@@ -208,7 +208,7 @@ def test_a_prompt_without_placeholders_is_an_ordinary_tensor_and_computes_nothin
     patched, clip = applied
     ((found, _),) = worlds.encode(clip, "a cat")
     assert type(found) is torch.Tensor
-    for name in ("similarities", "open_twin_gates", "twin_inputs"):
+    for name in ("twin_similarities", "open_twin_gates", "twin_inputs"):
         monkeypatch.setattr(twin_inputs, name, lambda *_: pytest.fail("computed without need"))
     worlds.sample(patched, clip, "a cat", 1)
 

@@ -43,7 +43,7 @@ def test_a_context_changed_by_an_attention_patch_is_gated_as_the_prompt_token_by
 ):
     patched, clip = applied
     prompt, twin = untwined(worlds.encode(clip, PROMPT)[0][0])
-    gates = twin_gates(prompt, twin, [concept.direction()])
+    gates = twin_gates(prompt, twin, [concept.twin_direction()])
     layer = cross_attentions(patched.model)[0]
     seen = []
 
@@ -208,7 +208,9 @@ def test_colliding_vectors_are_refused_with_another_placeholder_as_the_remedy(wo
     shouted = dataclasses.replace(concept, placeholder="<A>")
     with pytest.raises(PlaceholderError, match="under another placeholder"):
         apply_concepts(model, stock, [concept, shouted], "twin")
-    renamed = dataclasses.replace(concept, placeholder="<b>", i=concept.i * 1.1)
+    # What the same vector changes, a little more of it.
+    i = concept.i + 0.1 * (concept.i - concept.superclass_encoding)
+    renamed = dataclasses.replace(concept, placeholder="<b>", i=i)
     with pytest.raises(ValueError, match=r"parallel.*twin lock under another placeholder"):
         apply_concepts(model, stock, [concept, renamed], "twin")
 

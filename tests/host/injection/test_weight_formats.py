@@ -57,9 +57,11 @@ def pure_twin(worlds, model, concept, text):
     pure = worlds.pure(model, [])
     prompt, twin = (each[0].to(model.model.get_dtype_inference()) for each in untwined(text[0][0]))
 
+    directions = [concept.twin_direction()]
+
     def values(weight, output, context):
         rows = [
-            twin_projection(weight, prompt.float(), twin.float(), [concept.direction()], output)
+            twin_projection(weight, prompt.float(), twin.float(), directions, output)
             if torch.equal(row, twin)
             else torch.nn.functional.linear(row.float(), weight)
             for row in context

@@ -38,7 +38,7 @@ def prompts(random: torch.Generator, directions: list[Direction]) -> tuple[Tenso
     twin = normal(random, 2, TOKENS, WIDTH)
     encodings = twin.clone()
     for at, direction in enumerate(directions):
-        encodings[0, 2 + at] = direction.i
+        encodings[0, 2 + at] += direction.i
     return encodings, twin
 
 
@@ -78,7 +78,7 @@ def test_the_formula_is_the_one_written_down(random):
         for at in range(TOKENS):
             e, t = encodings[row, at], twin[row, at]
             g = [
-                torch.sigmoid(((d.u @ e) / (d.u @ d.i) - d.gate.bias) / d.gate.temperature)
+                torch.sigmoid(((d.u @ (e - t)) / (d.u @ d.i) - d.gate.bias) / d.gate.temperature)
                 * float(bool((e != t).any()))
                 for d in directions
             ]

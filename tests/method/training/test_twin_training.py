@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from perfusion.gated.gate import Gate
-from perfusion.gated.rank_one import Direction
-from perfusion.gated.twin_lock import TwinProjections, twin_gates, twin_inputs, twin_projection
+from perfusion.gated.twin_lock import (
+    TwinProjections,
+    twin_direction,
+    twin_gates,
+    twin_inputs,
+    twin_projection,
+)
 from perfusion.text.prompts import fill
 from perfusion.training.denoiser import Batch, Conditioning, Projections
 from perfusion.training.results import TrainingCallbacks, TrainingResult
@@ -67,7 +72,7 @@ def twin_error(denoiser: TinyDenoiser, result: TrainingResult) -> float:
     images = denoiser.images[torch.arange(200) % denoiser.image_count]
     concept = result.concept
     named, own = denoiser.encode_twins(prompts, concept.embeddings)
-    gates = twin_gates(named.encodings, own.encodings, [concept.direction()])
+    gates = twin_gates(named.encodings, own.encodings, [concept.twin_direction()])
     values = {name: output[None] for name, output in concept.o_v.items()}
     inputs = twin_inputs(own.encodings, gates)
     edit = TwinProjections(own.encodings, inputs, gates, values)
@@ -161,7 +166,7 @@ def test_a_step_conditions_on_the_twin_and_edits_as_the_pure_function_does(
         for row in encoded.encodings
     ]
     assert set(of_prompt) == {0, 1, 2, 3}
-    direction = Direction(result.concept.i, result.concept.u, Gate(0.75, 0.1))
+    direction = result.concept.with_gate(0.75, 0.1).twin_direction()
     for layer in denoiser.layers:
         attention = denoiser.unet.attention[layer]
         expected = twin_projection(
@@ -208,7 +213,8 @@ def test_gates_follow_the_input_of_the_state(denoiser, covariance, monkeypatch):
     torch.testing.assert_close(longer.concept.i.double(), moved, rtol=1e-6, atol=1e-6)
     edit = asked[0][2]
     assert isinstance(edit, TwinProjections)
-    direction = Direction(moved, covariance.dual(moved), Gate(0.75, 0.1))
+    superclass = begun.concept.superclass_encoding.to(moved)
+    direction = twin_direction(moved, superclass, Gate(0.75, 0.1))
     prompts = [fill(template, "sks") for template in TEMPLATES]
     named, own = denoiser.encode_twins(prompts, denoiser.random_embeddings())
     gates = twin_gates(named.encodings, own.encodings, [direction])
