@@ -8,7 +8,13 @@ from torch import Tensor
 
 from perfusion.gated.gate import Gate
 from perfusion.gated.rank_one import Direction, combine
-from perfusion.gated.twin_lock import TwinProjections, twin_gates, twin_inputs, twin_projection
+from perfusion.gated.twin_lock import (
+    TwinProjections,
+    twin_direction,
+    twin_gates,
+    twin_inputs,
+    twin_projection,
+)
 
 WIDTH, FEATURES, TOKENS = 24, 16, 9
 HALVES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -150,6 +156,19 @@ def test_gradients_reach_the_outputs_and_nothing_before_them(random):
     made.apply(lambda x: x[..., :FEATURES], "a", "v").sum().backward()
     assert outputs.grad is not None
     torch.testing.assert_close(outputs.grad[0], gates.sum().expand(FEATURES))
+
+
+def test_what_a_place_in_a_sentence_does_to_both_words_moves_no_gate(random):
+    superclass = 10 * normal(random, WIDTH)
+    words = [superclass + normal(random, WIDTH) for _ in range(2)]
+    concepts = [twin_direction(word, superclass, Gate(0.65, 0.15)) for word in words]
+    places = 5 * normal(random, 1, TOKENS, WIDTH)
+    twin = superclass + places
+    found = twin_gates(words[0] + places, twin, concepts)
+    at_once = twin_gates(words[0].expand(1, TOKENS, -1), superclass.expand_as(twin), concepts)
+    torch.testing.assert_close(found, at_once)
+    assert float(at_once[..., 0].min()) > 0.9
+    assert float(at_once[..., 1].max()) < 0.5
 
 
 def test_a_twin_of_another_shape_is_refused_naming_both(random):
