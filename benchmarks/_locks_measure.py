@@ -41,16 +41,19 @@ class Size:
         seeds: pictures of each prompt.
         others: prompts with other words, at most 14.
         pairs: prompts with two things, at most 4.
+        pair_seeds: pictures of each of them.
     """
 
     prompts: tuple[int, ...]
     seeds: int
     others: int
     pairs: int
+    pair_seeds: int
 
 
 NOISE = {"singles": 1, "pairs": 2, "others": 4}
 """Seeds of the pictures' noise, the same for every way."""
+OTHER_NOISE = 5
 
 
 class Bench:
@@ -62,10 +65,12 @@ class Bench:
         self._covariances = Covariances(self.world.clip)
         self._learned: dict[object, Learned] = {}
         self._plain: dict[object, Tensor] = {}
+        self._singles: dict[object, Tensor] = {}
 
     def forget(self) -> None:
-        """Drop what was learned."""
+        """Drop what was learned, and drawn with it."""
         self._learned.clear()
+        self._singles.clear()
 
     def learned(self, way: Way, thing: str | Look, settings: Settings, seed: int) -> Learned:
         """What a way makes of a thing, once for all locks that share a training."""
@@ -100,7 +105,7 @@ class Bench:
         """Likeness and scene of pictures that ask for the thing."""
         own = self.learned(way, thing, settings, seed)
         texts, scenes, styles = self._asked(own.word)
-        pictures = draw(self.world, way, [own], texts, NOISE["singles"])
+        pictures = self._pictures(way, own, texts)
         photo = torch.tensor([style == "photo" for style in styles])
         judge = self.world.judge
         return {
@@ -108,20 +113,23 @@ class Bench:
             "scene": round(scene_fidelity(judge, pictures, scenes, styles), 3),
         }
 
-    def leak(self, way: Way, thing: str, own: Learned) -> float:
+    def leak(self, way: Way, thing: str | Look, own: Learned) -> float:
         """How much nearer to the thing its everyday word is with what was learned."""
         texts, _, styles = self._asked(superclass_of(thing))
         texts = [text for text, style in zip(texts, styles, strict=True) if style == "photo"]
-        with_it = draw(self.world, way, [own], texts, NOISE["singles"])
+        # Photographs come first, so where the everyday word asks for it they are drawn already.
+        drawn = self._singles.get((way, own)) if own.word == superclass_of(thing) else None
+        if drawn is not None:
+            with_it = drawn[: len(texts)]
+        else:
+            with_it = draw(self.world, way, [own], texts, NOISE["singles"])
         without = self._drawn(texts, NOISE["singles"])
         scale, judge = self._scale(thing), self.world.judge
         return round(scale.of(judge, with_it) - scale.of(judge, without), 3)
 
-    def others(self, way: Way, thing: str, own: Learned) -> dict[str, float]:
+    def others(self, way: Way, thing: str | Look, own: Learned) -> dict[str, float]:
         """What becomes of words of other kinds."""
-        kinds = [name for name in CLASS_NAMES if name != look_of(thing).kind]
-        asked = [(k, f"a photo of a {k} {at}") for at in ("on the beach", "") for k in kinds]
-        asked = asked[: self.size.others]
+        asked = self._other_words(thing)
         texts = [text for _, text in asked]
         found = draw(self.world, way, [own], texts, NOISE["others"])
         apart = (found.float() - self._drawn(texts, NOISE["others"]).float()).abs().mean((1, 2, 3))
@@ -134,6 +142,25 @@ class Bench:
             "others equal": round(float((apart == 0).float().mean()), 3),
             "others right": round(float(right.float().mean()), 3),
         }
+
+    def unlike(self, thing: str | Look) -> float:
+        """The mean difference (0 to 255) of two pictures of one prompt from two noises."""
+        texts = [text for _, text in self._other_words(thing)]
+        one, other = (self._drawn(texts, noise) for noise in (NOISE["others"], OTHER_NOISE))
+        return float((one.float() - other.float()).abs().mean())
+
+    def _other_words(self, thing: str | Look) -> list[tuple[str, str]]:
+        """(kind, prompt) of other kinds."""
+        kinds = [name for name in CLASS_NAMES if name != look_of(thing).kind]
+        asked = [(k, f"a photo of a {k} {at}") for at in ("on the beach", "") for k in kinds]
+        return asked[: self.size.others]
+
+    def _pictures(self, way: Way, own: Learned, texts: Sequence[str]) -> Tensor:
+        """Pictures that ask for the thing, drawn once."""
+        key = way, own
+        if key not in self._singles:
+            self._singles[key] = draw(self.world, way, [own], texts, NOISE["singles"])
+        return self._singles[key]
 
     def same_class(self, way: Way, thing: str, own: Learned) -> dict[str, float]:
         """The thing beside another of its kind, in both orders."""
@@ -153,7 +180,7 @@ class Bench:
     ) -> dict[str, float | None]:
         """Two things that were learned apart, in one picture."""
         if second == thing:
-            return {"two kinds": None, "two likeness": None}
+            return dict.fromkeys(("two kinds", "two left", "two right"))
         both = [self.learned(way, each, settings, seed) for each in (thing, second)]
         texts = self._pairs(*(each.word for each in both))
         pictures = draw(self.world, way, both, texts, NOISE["pairs"])
@@ -162,7 +189,8 @@ class Bench:
         likeness = [scale.of(judge, half(pictures, left)) for left, scale in halves]
         return {
             "two kinds": round(kinds_present(judge, pictures, (thing, second)), 3),
-            "two likeness": round(sum(likeness) / 2, 3),
+            "two left": round(likeness[0], 3),
+            "two right": round(likeness[1], 3),
         }
 
     def _asked(self, word: str) -> tuple[list[str], list[str], list[str]]:
@@ -173,7 +201,7 @@ class Bench:
 
     def _pairs(self, left: str, right: str) -> list[str]:
         some = PAIR_PROMPTS[: self.size.pairs]
-        return [text.format(left, right) for text in some for _ in range(self.size.seeds)]
+        return [text.format(left, right) for text in some for _ in range(self.size.pair_seeds)]
 
     def _drawn(self, texts: Sequence[str], seed: int) -> Tensor:
         """Pictures of the model without anything, drawn once."""

@@ -1,7 +1,11 @@
 """Ways to teach the small world a thing of one's own, each learned and drawn alike.
 
-The gated locks and textual inversion train as the node does; Train LoRA is ComfyUI's own node,
-taught with the everyday word, as a user without this pack would.
+The gated locks and textual inversion train as the node does. Train LoRA is ComfyUI's own node, as
+a user without this pack would take it: taught with the everyday word, or with a word that says
+nothing put before it (a "weird" teddy), which is then what asks for the thing. It gets its pictures
+one by one, and its optimiser steps after as many as the others have in a batch: in a batch of its
+own it computes every picture with every caption, for the same number of pictures in four times the
+time.
 """
 
 from __future__ import annotations
@@ -40,6 +44,8 @@ from demo.world import photographs  # noqa: E402
 from ._small_world import World  # noqa: E402
 
 PHOTOGRAPHS, BATCH, RANK = 5, 4, 4
+TRIGGER = "weird"
+"""A word of the small world's captions that says nothing of a picture."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,19 @@ class Way:
 
     Attributes:
         name: in the table.
-        mode: the training's, "lora" for ComfyUI's own.
+        mode: the training's; ComfyUI's own is "lora", or "lora_word" with a word before the
+            everyday one.
         lock: the key lock it is drawn with.
     """
 
     name: str
     mode: str
     lock: str = "local"
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is ComfyUI's own training."""
+        return self.mode.startswith("lora")
 
 
 WAYS = (
@@ -80,6 +92,7 @@ WAYS = (
     Way("global lock", "perfusion", "global"),
     Way("textual inversion", "textual_inversion"),
     Way(f"core Train LoRA, rank {RANK}", "lora"),
+    Way("the same, a word before the everyday one", "lora_word"),
 )
 
 
@@ -106,10 +119,12 @@ def teach(
     """Teach a thing by its photographs; ``seed`` decides vector, noise and order."""
     images, masks = photographs(thing, PHOTOGRAPHS, 0)
     started = time.process_time()
-    if way.mode == "lora":
-        weights = _lora(world, images, superclass_of(thing), settings, seed)
-        size = sum(2 * tensor.numel() for tensor in weights.values())
-        word, what = superclass_of(thing), weights
+    if way.is_lora:
+        word = superclass_of(thing)
+        if way.mode == "lora_word":
+            word = f"{TRIGGER} {word}"
+        what = _lora(world, images, word, settings, seed)
+        size = sum(2 * tensor.numel() for tensor in what.values())
     else:
         what = _concept(world, covariance, way, thing, images, masks, settings, seed)
         with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +138,7 @@ def draw(
 ) -> Tensor:
     """Pictures uint8 of prompts with all that was learned; with nothing, the model's own."""
     model, clip = world.model, world.clip
-    if way.mode == "lora":
+    if way.is_lora:
         for each in learned:
             model, _ = comfy.sd.load_lora_for_models(model, None, dict(each.what), 1.0, 0.0)
     elif learned:
@@ -165,11 +180,11 @@ def placeholder(thing: str | Look, seed: int) -> str:
 
 
 def _lora(
-    world: World, images: Tensor, superclass: str, settings: Settings, seed: int
+    world: World, images: Tensor, word: str, settings: Settings, seed: int
 ) -> Mapping[str, Tensor]:
     latents = encode_images(world.vae, [images], None).latents
     with torch.inference_mode():
-        texts = [fill(TEMPLATES[n % len(TEMPLATES)], superclass) for n in range(len(images))]
+        texts = [fill(TEMPLATES[n % len(TEMPLATES)], word) for n in range(len(images))]
         positive: list[Any] = []
         for text in texts:
             tokens = world.clip.tokenize(text)
@@ -179,9 +194,9 @@ def _lora(
         model=[world.model],
         latents=[{"samples": torch.cat([latent[:1] for latent in latents])}],
         positive=[positive],
-        batch_size=[settings.batch],
+        batch_size=[1],
         steps=[settings.steps],
-        grad_accumulation_steps=[1],
+        grad_accumulation_steps=[settings.batch],
         learning_rate=[settings.rate],
         rank=[RANK],
         optimizer=["AdamW"],

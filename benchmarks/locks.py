@@ -1,7 +1,7 @@
 """What each key lock, and what a user would take instead, makes of a personal thing.
 
-    python dev.py bench locks --tune     # choose every way's rates and steps, on things not shown
-    python dev.py bench locks [--full]   # the table, with what was chosen
+    python dev.py bench locks --tune [--minutes 25]     # choose every way's rates and steps
+    python dev.py bench locks [--minutes 35]            # the table, with what was chosen
 
 Twin, local and global lock, textual inversion and ComfyUI's own Train LoRA are taught the same five
 photographs of personal things of the small world. The judge says how much of the thing is in
@@ -18,6 +18,10 @@ pictures that ask for it, and what else changed:
 
 Everything is drawn from the same noise for every way. Another vector seed is another placeholder,
 another order of pictures and other noise in training.
+
+It takes things in turn, each by every way, with one vector seed and then with the next; the table
+is of those that all ways have been through. What is measured is kept: the same command after an
+interruption, or after --minutes have passed, goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -27,38 +31,26 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from demo.things import SUBJECTS, Look
+from demo.things import SUBJECTS
 
+from ._locks_kept import Deadline, Kept
 from ._locks_measure import Bench, Size
-from ._report import RESULTS, table, write_results
+from ._locks_tune import CHOSEN, VALIDATION, chosen, tune
+from ._report import RESULTS, table
 from ._ways import WAYS, Settings, Way
 
-CHOSEN = RESULTS / "locks_tuned.json"
-VALIDATION = (
-    Look("house", "lime", "maroon", "cream"),
-    Look("cat", "mint", "navy", "teal", pattern="striped"),
-)
-"""Things that no table shows: rates are chosen by them."""
 SHOWN = ("Bo the teddy", "Olli the mug")
-GRIDS: Mapping[str, Sequence[Settings]] = {
-    "twin_lock": [Settings(rate) for rate in (0.125, 0.25, 0.5)],
-    "perfusion": [
-        *(Settings(rate) for rate in (0.125, 0.25, 0.5)),
-        Settings(0.25, vector_rate=0.3),
-    ],
-    "textual_inversion": [Settings(0.25, rate) for rate in (0.3, 1.0, 3.0)],
-    "lora": [Settings(rate) for rate in (0.001, 0.003, 0.01)],
-}
-"""Per mode; the best is then tried with more steps, too."""
-LONGER = 8 / 3
-SMALL = Size(prompts=(0, 2, 3, 5, 6), seeds=2, others=8, pairs=2)
-FULL = Size(prompts=tuple(range(8)), seeds=4, others=14, pairs=4)
+"""The first of the things."""
+TUNING = Size(prompts=(0, 2, 3, 5, 6), seeds=2, others=8, pairs=0, pair_seeds=0)
+WHOLE = Size(prompts=tuple(range(8)), seeds=4, others=14, pairs=4, pair_seeds=2)
+VECTORS = 3
 
 
 def main() -> int:
@@ -66,29 +58,26 @@ def main() -> int:
     options = parse()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    size = FULL if options.full else SMALL
-    if options.seeds:
-        size = replace(size, seeds=options.seeds)
     ways = [way for way in WAYS if way.mode in options.ways]
+    deadline = Deadline(options.minutes)
+    size = TUNING if options.tune else WHOLE
+    if options.seeds:
+        size = replace(size, seeds=options.seeds, pair_seeds=min(options.seeds, size.pair_seeds))
     if options.tune:
-        size = replace(size, seeds=options.seeds or 2)
-        tune(Bench(size), ways, VALIDATION[: options.validation])
+        tune(Bench(size), ways, VALIDATION[: options.validation], deadline)
         print(f"Wrote {CHOSEN}")
         return 0
-    vectors = options.vectors or (3 if options.full else 1)
-    used = chosen(ways)
-    rows = measure(Bench(size), ways, options.things, vectors, used)
-    settings = {
-        **vars(options),
-        **asdict(size),
-        "vectors": vectors,
-        "chosen": {way.name: asdict(used[way.name]) for way in ways},
-    }
-    path = write_results("locks", settings, rows)
-    parts = [table(part) for part in (summary(rows), by_thing(rows)) if part]
-    text = "\n\n".join([*parts, drawn(rows, size, vectors)]) + "\n"
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(f"{text}\nWrote {path} and {path.with_suffix('.md')}")
+    settings = chosen(ways)
+    kept = Kept(size, settings)
+    measure(Bench(size), ways, options.things, options.vectors, settings, kept, deadline)
+    rows = kept.complete([way.name for way in ways])
+    if not rows:
+        print("No thing has been through all ways yet: run it again to go on.")
+        return 0
+    path = RESULTS / "locks.md"
+    text = "\n\n".join([table(summary(rows)), table(by_thing(rows)), drawn(rows, size)]) + "\n"
+    path.write_text(text, encoding="utf-8")
+    print(f"{text}\nWrote {path} and locks.json beside it")
     return 0
 
 
@@ -101,74 +90,16 @@ def parse() -> argparse.Namespace:
     )
     modes = list(dict.fromkeys(way.mode for way in WAYS))
     parser.add_argument("--tune", action="store_true", help="choose rates and steps")
-    parser.add_argument("--full", action="store_true", help="all prompts, 4 seeds, 3 vectors")
-    parser.add_argument("--things", nargs="+", choices=SUBJECTS, metavar="THING")
+    parser.add_argument("--minutes", type=float, help="begin nothing that would take longer")
+    others = [thing for thing in SUBJECTS if thing not in SHOWN]
+    parser.add_argument(
+        *("--things",), nargs="+", choices=SUBJECTS, default=[*SHOWN, *others], metavar="THING"
+    )
     parser.add_argument("--ways", nargs="+", choices=modes, default=modes)
     parser.add_argument("--seeds", type=int, help="pictures of each prompt")
-    parser.add_argument("--vectors", type=int, help="vector seeds")
-    parser.add_argument("--validation", type=int, default=2, help="things to tune on")
-    options = parser.parse_args()
-    options.things = options.things or (SUBJECTS if options.full else list(SHOWN))
-    return options
-
-
-def tune(bench: Bench, ways: Sequence[Way], things: Sequence[Look]) -> None:
-    """Choose the settings of each way by likeness times scene on the validation things."""
-    found = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.exists() else {}
-    for mode in dict.fromkeys(way.mode for way in ways):
-        of_mode = [way for way in ways if way.mode == mode]
-        tried: dict[str, list[dict[str, Any]]] = {way.name: [] for way in of_mode}
-        for settings in GRIDS[mode]:
-            try_settings(bench, of_mode, things, settings, tried)
-        longer = {way.name: longest(best(tried[way.name])) for way in of_mode}
-        for settings in dict.fromkeys(longer.values()):
-            try_settings(bench, of_mode, things, settings, tried)
-        for way in of_mode:
-            kept = best(tried[way.name])
-            print(f"{way.name}: {kept}", flush=True)
-            found[way.name] = {"chosen": asdict(kept), "tried": tried[way.name]}
-            CHOSEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def longest(settings: Settings) -> Settings:
-    """The same with more steps."""
-    return replace(settings, steps=round(settings.steps * LONGER))
-
-
-def try_settings(
-    bench: Bench,
-    ways: Sequence[Way],
-    things: Sequence[Look],
-    settings: Settings,
-    tried: Mapping[str, list[dict[str, Any]]],
-) -> None:
-    """Add what settings give to what was tried of each way."""
-    for way in ways:
-        likeness, scene = [], []
-        for thing in things:
-            found = bench.singles(way, thing, settings, 0)
-            likeness.append(found["likeness"])
-            scene.append(found["scene"])
-        mean = statistics.mean(likeness), statistics.mean(scene)
-        row = {**asdict(settings), "likeness": round(mean[0], 3), "scene": round(mean[1], 3)}
-        print(f"{way.name}: {row}", flush=True)
-        tried[way.name].append(row)
-
-
-def best(tried: Iterable[Mapping[str, Any]]) -> Settings:
-    """The settings with the most likeness in the right scene; of equal ones the first."""
-    row = max(tried, key=lambda row: max(row["likeness"], 0) * row["scene"])
-    return Settings(**{name: row[name] for name in asdict(Settings(0.0))})
-
-
-def chosen(ways: Sequence[Way]) -> dict[str, Settings]:
-    """What `tune` chose for each way."""
-    found = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.exists() else {}
-    missing = {way.mode for way in ways if way.name not in found}
-    if missing:
-        words = " ".join(sorted(missing))
-        sys.exit(f"no rates are chosen yet: run `python dev.py bench locks --tune --ways {words}`")
-    return {way.name: Settings(**found[way.name]["chosen"]) for way in ways}
+    parser.add_argument("--vectors", type=int, default=VECTORS, help="vector seeds")
+    parser.add_argument("--validation", type=int, default=3, help="things to tune on")
+    return parser.parse_args()
 
 
 def measure(
@@ -177,18 +108,25 @@ def measure(
     things: Sequence[str],
     vectors: int,
     settings: Mapping[str, Settings],
-) -> list[dict[str, Any]]:
-    """A row for each way, thing and vector seed."""
-    rows = []
+    kept: Kept,
+    deadline: Deadline,
+) -> None:
+    """Add a row for each way, thing and vector seed that has none, while there is time."""
+    longest = 0.0
     for seed in range(vectors):
         for at, thing in enumerate(things):
             second = things[(at + 1) % len(things)]
             for way in ways:
+                if kept.has(way.name, thing, seed):
+                    continue
+                if deadline.passed(longest):
+                    return
+                started = time.monotonic()
                 row = bench.row(way, thing, second, settings[way.name], seed)
+                longest = max(longest, time.monotonic() - started)
                 print(json.dumps(row), flush=True)
-                rows.append(row)
+                kept.add(row)
         bench.forget()
-    return rows
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -225,16 +163,20 @@ def by_thing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def drawn(rows: Sequence[Mapping[str, Any]], size: Size, vectors: int) -> str:
+def drawn(rows: Sequence[Mapping[str, Any]], size: Size) -> str:
     """How many pictures the figures rest on."""
+    trained = len({(row["thing"], row["vector"]) for row in rows})
     things = len({row["thing"] for row in rows})
     counts = {
         "settings": len(size.prompts) * size.seeds,
         "other words": size.others,
-        "pairs in each order": size.pairs * size.seeds,
+        "pairs in each order": size.pairs * size.pair_seeds,
     }
     per = ", ".join(f"{count} pictures of {what}" for what, count in counts.items())
-    return f"{things} things x {vectors} vector seeds; for each way and each of these {per}."
+    return (
+        f"{things} things, {trained} of them counted with their vector seeds; "
+        f"for each way and each of these {per}."
+    )
 
 
 if __name__ == "__main__":
