@@ -21,7 +21,7 @@ from comfyui_perfusion.nodes.concepts import (
 from comfyui_perfusion.nodes.training import PerfusionCovariance, PerfusionTrainConcept
 
 from tests.host.cross_models import CROSS, narrow_families, randomise
-from tests.host.injection.test_transformers import Small
+from tests.host.cross_oracle import Small
 from tests.host.small_training import use_folder
 
 CAPTIONS = "a blue bag\na mug on a table\nan old house in a garden\nthe small cat and a dog"
