@@ -22,8 +22,8 @@ from comfyui_perfusion.perfusion.gated.gate import Gate
 from comfyui_perfusion.perfusion.gated.twin_lock import TwinProjections, twin_gates, twin_inputs
 
 from tests.host.cross_models import CPU, CROSS, build_cross, narrow_families
+from tests.host.cross_oracle import Small
 from tests.host.injection import weight_formats as formats
-from tests.host.injection.test_transformers import Small
 from tests.host.training_world import batch_of
 
 FP8 = torch.float8_e4m3fn
@@ -79,7 +79,7 @@ def stored_in_fp8(small):
 
 def scaled_fp8(small):
     """The layers that read the text quantised by ComfyUI, each with a scale of its own."""
-    part = "attn2" if small.name == "ltxv" else "cross_attn"
+    part = cross_attentions(small.model.model)[0].name.rpartition(".")[2]
     state = state_of(small)
     layers = {key: value for key, value in state.items() if not key.startswith("llm_adapter.")}
     stored, meant = formats.quantised_state(layers, "float8_e4m3fn", f".{part}.")
