@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -15,9 +15,8 @@ from comfy.model_sampling import ModelSamplingDiscrete
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
-from ...perfusion.gated.rank_one import Basis, combine
+from ...perfusion.gated.rank_one import Basis, Direction, combine
 from ..models.blocks import layers_in
-from .key_locks import KeyLock
 
 Acting = tuple[int, ...]
 """Numbers of the concepts that act, in their order."""
@@ -37,14 +36,17 @@ class Agenda:
     """The schedules of some concepts over the layers of a model.
 
     Layers in which the same concepts may act form a group; at each moment a group's `Acting` is
-    what is left of them.
+    what is left of them. What is compared with the prompts is the ``direction`` of each.
     """
 
     def __init__(
-        self, concepts: Sequence[Concept], layers: Sequence[str], key_lock: KeyLock
+        self,
+        concepts: Sequence[Concept],
+        layers: Sequence[str],
+        direction: Callable[[Concept], Direction],
     ) -> None:
         self.concepts = tuple(concepts)
-        self._twin = key_lock == "twin"
+        self._direction = direction
         where = [
             frozenset(layers) if c.schedule is None else layers_in(c.schedule.blocks, layers)
             for c in concepts
@@ -70,8 +72,7 @@ class Agenda:
             ValueError: for concepts that cannot act together.
         """
         if acting not in self._bases:
-            chosen = [self.concepts[at] for at in acting]
-            basis = combine([c.twin_direction() if self._twin else c.direction() for c in chosen])
+            basis = combine([self._direction(self.concepts[at]) for at in acting])
             self._bases[acting] = basis.to(torch.device("cpu"), torch.float32)
         return self._bases[acting]
 

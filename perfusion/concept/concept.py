@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -133,9 +133,14 @@ class Concept:
         """The gate and direction `rank_one` works with, named after the placeholder."""
         return Direction(self.i, self.u, self.gate, name=self.placeholder)
 
-    def twin_direction(self) -> Direction:
-        """The same for twin lock, which compares what the placeholder changes."""
-        return twin_direction(self.i, self.superclass_encoding, self.gate, self.placeholder)
+    def twin_direction(self, parts: Sequence[int] = ()) -> Direction:
+        """The same for twin lock, which compares what the placeholder changes.
+
+        Args:
+            parts: widths of the encodings, where several text encoders have spaces of their own.
+        """
+        exact = (each.to("cpu", torch.float64) for each in (self.i, self.superclass_encoding))
+        return twin_direction(*exact, self.gate, self.placeholder, parts)
 
     def _with(self, **fields: object) -> Concept:
         """A copy with fields that were checked when they were made: the others still fit."""

@@ -75,7 +75,11 @@ class TwinProjections:
 
 
 def twin_direction(
-    i: Vector, superclass_encoding: Vector, gate: Gate, name: str = "concept"
+    i: Vector,
+    superclass_encoding: Vector,
+    gate: Gate,
+    name: str = "concept",
+    parts: Sequence[int] = (),
 ) -> Direction:
     """What a concept's word changes, d, as the direction that `twin_gates` compares ``e - t`` with.
 
@@ -84,9 +88,13 @@ def twin_direction(
         superclass_encoding: that of the superclass in its place (D,).
         gate: when the gate opens, and the strength.
         name: what messages call the concept.
+        parts: widths of the encodings of several text encoders, as a `Covariance` has them; each
+            part gets the same energy, so that the word is known in each.
     """
     change = i - superclass_encoding
-    return Direction(change, change, gate, name)
+    shares = change.split(list(parts) or [change.shape[0]])
+    dual = torch.cat([share / share.square().sum() for share in shares])
+    return Direction(change, dual, gate, name)
 
 
 def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] | Basis) -> Tensor:

@@ -34,6 +34,7 @@ class TwinLock:
         named, twin = _encoded(denoiser, prompts, self.embeddings, config.batch_size)
         denoiser.release_text()
         parts = covariance.columns
+        self._parts = covariance.parts
         own = marked_in_parts(named, prompts, config.placeholder, parts)
         i = own.to("cpu", torch.float64).mean(1).mean(0)
         self.i = finite_encoding(i, config.placeholder)
@@ -67,7 +68,7 @@ class TwinLock:
     def _gated(self, twin: Conditioning) -> GatedTwins:
         config = self._config
         superclass = self.superclass_encoding.to(self.i)
-        direction = twin_direction(self.i, superclass, config.gate, config.placeholder)
+        direction = twin_direction(self.i, superclass, config.gate, config.placeholder, self._parts)
         gates = twin_gates(self._named, twin.encodings, [direction])
         return GatedTwins(twin, twin_inputs(twin.encodings, gates), gates)
 

@@ -120,7 +120,8 @@ def oracle(small, concepts, pairs, pure=None, acting=lambda layer, concept: True
         found = []
         for row in context:
             prompt, twin = pair_of(row)
-            gates = twin_gates(prompt, twin, [concept.direction() for concept in chosen])[0]
+            directions = [each.twin_direction(family_of(pure.model).parts) for each in chosen]
+            gates = twin_gates(prompt, twin, directions)[0]
             found.append(functional.linear(twin_inputs(row, gates), weight, bias) + gates @ outputs)
         return torch.stack(found)
 
