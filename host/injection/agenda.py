@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -15,9 +15,8 @@ from comfy.model_sampling import ModelSamplingDiscrete
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
-from ...perfusion.gated.rank_one import Basis, combine
+from ...perfusion.gated.rank_one import Basis, Direction, combine
 from ..models.blocks import layers_in
-from .key_locks import KeyLock
 
 Acting = tuple[int, ...]
 """Numbers of the concepts that act, in their order."""
@@ -37,7 +36,7 @@ class Agenda:
     """The schedules of some concepts over the layers of a model.
 
     Layers in which the same concepts may act form a group; at each moment a group's `Acting` is
-    what is left of them.
+    what is left of them. What is compared with the prompts is the ``direction`` of each.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ...perfusion.concept.concept import Concept
+from ...perfusion.gated.rank_one import Direction
 from ..interface.messages import warn
 from ..models.families import Family, check_clip, cross_attentions, family_named, family_of
 from ..text.placeholders import PlaceholderError, with_placeholders
@@ -61,6 +62,12 @@ def apply_concepts(
     agenda = Agenda(active, layers, key_lock, family.parts)
     set_injection(patched, ConceptInjection(agenda, key_lock) if active else None)
     twin_lock = key_lock == "twin"
+
+    def direction(concept: Concept) -> Direction:
+        return concept.twin_direction(family.parts) if twin_lock else concept.direction()
+
+    agenda = Agenda(active, [layer.name for layer in cross_attentions(model.model)], direction)
+    set_injection(patched, ConceptInjection(agenda, key_lock) if active else None)
     return patched, with_twins(with_placeholders(clip, concepts, twin_lock), concepts, twin_lock)
 
 

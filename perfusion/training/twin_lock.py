@@ -35,6 +35,7 @@ class TwinLock:
         named, twin = _encoded(denoiser, prompts, self.embeddings, config.batch_size)
         denoiser.release_text()
         parts = covariance.columns
+        self._parts = covariance.parts
         own = marked_in_parts(named, prompts, config.placeholder, parts)
         i = own.to("cpu", torch.float64).mean(1).mean(0)
         self.i = finite_encoding(i, config.placeholder)

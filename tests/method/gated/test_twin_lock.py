@@ -171,6 +171,21 @@ def test_what_a_place_in_a_sentence_does_to_both_words_moves_no_gate(random):
     assert float(at_once[..., 1].max()) < 0.5
 
 
+def test_a_word_is_known_in_each_of_several_text_encoders_however_strong_one_speaks(random):
+    parts = WIDTH // 3, WIDTH - WIDTH // 3
+    changes = [normal(random, width) * scale for width, scale in zip(parts, (1, 50), strict=True)]
+    twin = normal(random, 1, 2, WIDTH)
+    twin[0, 0, parts[0] :] = twin[0, 1, : parts[0]] = 0
+    encodings = twin.clone()
+    encodings[0, 0, : parts[0]] += changes[0]
+    encodings[0, 1, parts[0] :] += changes[1]
+    gate = Gate(0.65, 0.15)
+    direction = twin_direction(encodings.mean(1)[0], twin.mean(1)[0], gate, parts=parts)
+    found = twin_gates(encodings, twin, [direction])
+    expected = torch.sigmoid(torch.tensor((1 - gate.bias) / gate.temperature, dtype=torch.float64))
+    torch.testing.assert_close(found, expected.expand(1, 2, 1))
+
+
 def test_a_twin_of_another_shape_is_refused_naming_both(random):
     directions = concepts(random, Gate())
     encodings, twin = prompts(random, directions)
