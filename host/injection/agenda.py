@@ -43,11 +43,10 @@ class Agenda:
         self,
         concepts: Sequence[Concept],
         layers: Sequence[str],
-        key_lock: KeyLock,
-        parts: Sequence[int] = (),
+        direction: Callable[[Concept], Direction],
     ) -> None:
         self.concepts = tuple(concepts)
-        self._twin, self._parts = key_lock == "twin", parts
+        self._direction = direction
         where = [
             frozenset(layers) if c.schedule is None else layers_in(c.schedule.blocks, layers)
             for c in concepts
@@ -73,10 +72,7 @@ class Agenda:
             ValueError: for concepts that cannot act together.
         """
         if acting not in self._bases:
-            chosen = [self.concepts[at] for at in acting]
-            basis = combine(
-                [c.twin_direction(self._parts) if self._twin else c.direction() for c in chosen]
-            )
+            basis = combine([self._direction(self.concepts[at]) for at in acting])
             self._bases[acting] = basis.to(torch.device("cpu"), torch.float32)
         return self._bases[acting]
 

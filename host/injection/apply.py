@@ -58,9 +58,6 @@ def apply_concepts(
     patched.set_attachments(KEY, applied)
     if active:
         patched.set_attachments(_LOCK, key_lock)
-    layers = [layer.name for layer in cross_attentions(model.model)]
-    agenda = Agenda(active, layers, key_lock, family.parts)
-    set_injection(patched, ConceptInjection(agenda, key_lock) if active else None)
     twin_lock = key_lock == "twin"
 
     def direction(concept: Concept) -> Direction:

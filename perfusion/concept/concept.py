@@ -134,8 +134,13 @@ class Concept:
         return Direction(self.i, self.u, self.gate, name=self.placeholder)
 
     def twin_direction(self, parts: Sequence[int] = ()) -> Direction:
-        """The same for twin lock, which compares what the placeholder changes in every part."""
-        return twin_direction(self.i, self.superclass_encoding, self.gate, self.placeholder, parts)
+        """The same for twin lock, which compares what the placeholder changes.
+
+        Args:
+            parts: widths of the encodings, where several text encoders have spaces of their own.
+        """
+        exact = (each.to("cpu", torch.float64) for each in (self.i, self.superclass_encoding))
+        return twin_direction(*exact, self.gate, self.placeholder, parts)
 
     def _with(self, **fields: object) -> Concept:
         """A copy with fields that were checked when they were made: the others still fit."""

@@ -88,12 +88,13 @@ def twin_direction(
         superclass_encoding: that of the superclass in its place (D,).
         gate: when the gate opens, and the strength.
         name: what messages call the concept.
-        parts: widths of the encodings of several text encoders (`gated.covariance.Covariance`): a
-            token fills the columns of its own, and the concept's has similarity 1 in each.
+        parts: widths of the encodings of several text encoders, as a `Covariance` has them; each
+            part gets the same energy, so that the word is known in each.
     """
     change = i - superclass_encoding
-    dual = [part / part.square().sum() for part in change.split(list(parts) or len(change))]
-    return Direction(change, torch.cat(dual), gate, name)
+    shares = change.split(list(parts) or [change.shape[0]])
+    dual = torch.cat([share / share.square().sum() for share in shares])
+    return Direction(change, dual, gate, name)
 
 
 def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] | Basis) -> Tensor:

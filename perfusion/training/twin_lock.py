@@ -28,7 +28,6 @@ class TwinLock:
 
     def __init__(self, denoiser: Denoiser, config: TrainingConfig, covariance: Covariance) -> None:
         self._config = config
-        self._parts = covariance.parts
         self.embeddings = parameters(denoiser.random_embeddings(), False)
         prompts = tuple(dict.fromkeys(training_prompts(config, config.placeholder)))
         self._row = {prompt: row for row, prompt in enumerate(prompts)}

@@ -97,8 +97,7 @@ def close_to(found, expected):
 def oracle(small, concepts, pairs, pure=None, acting=lambda layer, concept: True):
     """A model that reads twins, its values the pure function of a table of (e, t), (1, N, D)."""
     pure = pure or build_cross(small.name)
-    family = family_of(pure.model)
-    entry, parts = family.network.entry, family.parts
+    entry = family_of(pure.model).network.entry
     network = pure.model.diffusion_model
 
     def read_of(encodings):
@@ -121,7 +120,7 @@ def oracle(small, concepts, pairs, pure=None, acting=lambda layer, concept: True
         found = []
         for row in context:
             prompt, twin = pair_of(row)
-            directions = [concept.twin_direction(parts) for concept in chosen]
+            directions = [each.twin_direction(family_of(pure.model).parts) for each in chosen]
             gates = twin_gates(prompt, twin, directions)[0]
             found.append(functional.linear(twin_inputs(row, gates), weight, bias) + gates @ outputs)
         return torch.stack(found)
