@@ -174,8 +174,8 @@ def drawn(rows: Sequence[Mapping[str, Any]], size: Size) -> str:
     }
     per = ", ".join(f"{count} pictures of {what}" for what, count in counts.items())
     return (
-        f"{things} things, {trained} of them counted with their vector seeds; "
-        f"for each way and each of these {per}."
+        f"{things} things, {trained} pairs of a thing and a vector seed; for each way and each of "
+        f"these pairs {per}."
     )
 
 

@@ -139,8 +139,10 @@ class Concept:
         Args:
             parts: widths of the encodings, where several text encoders have spaces of their own.
         """
-        exact = (each.to("cpu", torch.float64) for each in (self.i, self.superclass_encoding))
-        return twin_direction(*exact, self.gate, self.placeholder, parts)
+        i, superclass = (
+            each.to("cpu", torch.float64) for each in (self.i, self.superclass_encoding)
+        )
+        return twin_direction(i, superclass, self.gate, self.placeholder, parts)
 
     def _with(self, **fields: object) -> Concept:
         """A copy with fields that were checked when they were made: the others still fit."""
