@@ -177,8 +177,11 @@ def test_streamed_weights_draw_what_loaded_ones_do(small, worlds, form):
         comfy.model_management.unload_all_models()
 
 
-def test_a_compiled_model_of_fp8_weights_draws_the_same(small, worlds):
+# Tracing takes longer than all the rest.
+@pytest.mark.parametrize("name", ["anima", "ltxv"])
+def test_a_compiled_model_of_fp8_weights_draws_the_same(worlds, name):
     torch._dynamo.reset()
+    small = Small(name, worlds)
     model, _ = stored_in_fp8(small)
     patched, clip = apply_concepts(model, small.clip, small.concepts[:1], "twin")
     prompts = [worlds.encode(clip, text) for text in (TEXT, "")]
