@@ -156,7 +156,13 @@ def training_rows(trainings: int) -> list[dict[str, Any]]:
     own = auto_mask(world.model, world.clip, world.vae, images, word).masks
     masks = {"none": None, "auto": own, "renderer's": truth}
     config = TrainingConfig(
-        PLACEHOLDER, word, steps=STEPS, batch_size=4, learning_rate=LEARNING_RATE, schedule="cosine"
+        PLACEHOLDER,
+        word,
+        mode="twin_lock",
+        steps=STEPS,
+        batch_size=4,
+        learning_rate=LEARNING_RATE,
+        schedule="cosine",
     )
     concepts = {
         f"{name} {seed}": ([_trained(world, images, mask, replace(config, seed=seed))], PLACEHOLDER)
