@@ -13,6 +13,7 @@ from comfyui_perfusion.demo import captions, render, specs, things, world  # noq
 from comfyui_perfusion.demo.classes import CLASS_NAMES, KINDS  # noqa: E402
 from comfyui_perfusion.demo.model.small_autoencoder import COLORS  # noqa: E402
 from comfyui_perfusion.demo.palette import PALETTE  # noqa: E402
+from comfyui_perfusion.demo.sprites import PATTERNS  # noqa: E402
 
 
 def test_the_same_seed_draws_the_same_pictures() -> None:
@@ -89,3 +90,42 @@ def test_captions_name_what_the_picture_shows() -> None:
         assert any(word in re.findall(r"[a-z-]+", text) for word in words), text
         sketch = "sketch" in text or "drawing" in text
         assert sketch == (int(shown.style[index]) == specs.STYLES.index("sketch")), text
+
+
+def test_a_caption_tells_all_that_is_unusual_in_an_ordinary_thing() -> None:
+    shown = specs.sample_specs(300, seed=11, two_share=0.0)
+    assert bool(specs.ordinary(shown).all())
+    for index, text in enumerate(captions.captions(shown, seed=11)):
+        words = set(re.findall(r"[a-z-]+", text))
+        kind = KINDS[CLASS_NAMES[int(shown.kind[index, 0])]]
+        color = specs.COLOR_NAMES[int(shown.color[index, 0])]
+        assert color in words or color == kind.usual_colors[0], text
+        striped = int(shown.pattern[index, 0]) == PATTERNS.index("striped")
+        assert striped == bool(words & {"striped", "stripy"}), text
+
+
+def test_odd_things_are_not_ordinary_and_need_a_name() -> None:
+    shown = specs.sample_specs(300, seed=12, two_share=0.0, odd_share=1.0)
+    share = float(specs.ordinary(shown)[:, 0].float().mean())
+    assert share < 0.02
+    for subject in things.SUBJECTS:
+        assert not bool(specs.ordinary(things.personal_specs(subject, 1, seed=0))[0, 0]), subject
+
+
+@pytest.mark.parametrize("kind", CLASS_NAMES)
+def test_a_things_halves_are_the_same_whichever_way_it_looks(kind: str) -> None:
+    shown = things.put_thing(
+        things.photo_specs(1, seed=1), things.Look(kind, "teal", "cream", "lime", pattern="halves")
+    )
+    shown.x[:], shown.scene[:], shown.variant[:] = 0, 0, 0
+    there = specs.Specs(**{**vars(shown), "flip": torch.zeros(1, 2, dtype=torch.bool)})
+    back = specs.Specs(**{**vars(shown), "flip": torch.ones(1, 2, dtype=torch.bool)})
+    (first, here), (second, mirrored) = render.render(there), render.render(back)
+    own, other = here[:, :1].bool(), mirrored[:, :1].flip(-1).bool()
+    assert torch.equal(own, other)
+    assert torch.equal(first * own, second.flip(-1) * own)
+    colors = {tuple(c) for c in first.permute(0, 2, 3, 1)[own[:, 0]].tolist()}
+    for name in ("teal", "cream"):
+        at = 2 * specs.ALL_COLORS.index(name)
+        either = {tuple(c) for c in (PALETTE[at : at + 2] * 255).round().int().tolist()}
+        assert colors & either, name
