@@ -93,6 +93,7 @@ function hint({ detail }) {
   const place = placeOf(node);
   const { hints: old = [], before = [] } = place?.perfusionSaid ?? {};
   if (place && !old.includes(detail.text)) say(place, { hints: [...old, detail.text] });
+  if (place) (place.perfusionSaid.from ??= {})[detail.text] = String(detail.node);
   // The node says it already: a page that is run again and again would fill up with toasts.
   if ([...old, ...before].includes(detail.text)) return;
   app.extensionManager?.toast?.add({
@@ -111,6 +112,15 @@ function forgetHints() {
   }
 }
 
+// What a node said that did not have to run again still holds.
+function keepCached({ detail }) {
+  for (const node of app.graph.nodes) {
+    const { hints = [], before = [], from = {} } = node.perfusionSaid ?? {};
+    const still = before.filter((text) => detail.nodes?.includes(from[text]) && !hints.includes(text));
+    if (still.length) say(node, { hints: [...hints, ...still] });
+  }
+}
+
 const isOurs = (node) => node.type?.startsWith("Perfusion");
 
 app.registerExtension({
@@ -118,6 +128,7 @@ app.registerExtension({
   setup() {
     api.addEventListener("perfusion.hint", hint);
     api.addEventListener("execution_start", forgetHints);
+    api.addEventListener("execution_cached", keepCached);
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("Perfusion")) return;

@@ -38,8 +38,8 @@ ANOTHER_SEED = """() => {
         if (message.detail?.includes("met no step")) window.perfusionToasts.push(message.detail);
         add(message);
     };
-    const sampler = window.app.graph.nodes.find(node => node.type === "KSampler");
-    sampler.widgets.find(widget => widget.name === "seed").value += 1;
+    for (const node of window.app.graph.nodes.filter(node => node.type === "KSampler"))
+        node.widgets.find(widget => widget.name === "seed").value += 1;
 }"""
 SAVED = "() => JSON.stringify(window.app.graph.serialize())"
 
@@ -118,6 +118,9 @@ def test_a_hint_is_said_on_the_page_and_on_the_node_that_applied_the_concept(
     toast = trained.locator(".p-toast-message").filter(has_text="met no step")
     expect(toast).to_have_count(1)
     expect(toast).to_contain_text("Apply Concepts: scheduled")
+    # Nothing has to run again: what was said still holds.
+    run(trained)
+    assert [text for _, text in trained.evaluate(REPORTS) if "met no" in text] == hints
     # Another run says it on the node and does not interrupt again, nor after a reload.
     for reload in (False, True):
         if reload:
