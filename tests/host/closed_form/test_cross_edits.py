@@ -1,8 +1,4 @@
-"""Closed-form edits on transformers with a text cross-attention: every key and value of the text.
-
-What the edits are solved for is taken from the running model: hooks on its projections tell what
-they are given.
-"""
+"""Closed-form edits on transformers with a text cross-attention: all its keys and values."""
 
 from __future__ import annotations
 
@@ -13,127 +9,30 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
-import comfy.sample
 import folder_paths
 import pytest
 import torch
-from comfy import model_patcher
-from comfy.quant_ops import QuantizedTensor
-from comfyui_perfusion.host.closed_form.edits import preserve_prompts
-from comfyui_perfusion.host.closed_form.readings import text_side
-from comfyui_perfusion.host.models.editable import EDITED, edited_as
+from comfyui_perfusion.host.models.editable import edited_as
 from comfyui_perfusion.host.models.families import UnsupportedModelError, cross_attentions
 from comfyui_perfusion.host.models.networks import FusedPart
-from comfyui_perfusion.host.text.covariance import measure_covariance
 from comfyui_perfusion.nodes.debias import PerfusionDebias
-from comfyui_perfusion.nodes.edit_assumption import PerfusionEditAssumption
 from comfyui_perfusion.nodes.erase_concepts import PerfusionEraseConcepts
 from comfyui_perfusion.nodes.preserve import PerfusionPreserve
 from comfyui_perfusion.nodes.save_edit import PerfusionSaveEdit
 from comfyui_perfusion.perfusion.closed_form.matching import match_in_order, words_of
 
-from tests.host.cross_models import (
-    CPU,
-    CROSS,
-    build_cross,
-    family_row,
-    full_size,
-    narrow_families,
-    real_families,
+from tests.host.closed_form.cross_edits import (
+    ACTED_ON,
+    DESTINATION,
+    PREFIX,
+    SOLVING,
+    SOURCE,
+    assume,
+    close_to,
+    formula,
+    weights_of,
 )
-from tests.host.injection.weight_formats import quantised_state
-
-RIDGE = 1e-2
-SOLVING = {"ridge": RIDGE, "with_to_k": True, "strength": 1.0, "layers": "", "restart": False}
-SOURCE, DESTINATION = "a mug on a table", "an old mug on a table"
-PREFIX = "diffusion_model."
-# Sums of some thousand products in fp32, relative to the largest value.
-CLOSE = 2e-4
-# What every encoding passes in the model before the projections read it, and what is patched of it.
-BETWEEN = {
-    "anima": "llm_adapter.out_proj",
-    "wan": "text_embedding.0",
-    "pixart_sigma": "y_embedder.y_proj.fc1",
-    "pixart_alpha": "y_embedder.y_proj.fc1",
-    "ltxv": "caption_projection.linear_2",
-}
-
-
-# HunyuanDiT's maps read two encodings of different widths.
-ACTED_ON = [name for name in CROSS if family_row(name).network in EDITED]
-
-
-class Small:
-    """A family's small MODEL and CLIP."""
-
-    def __init__(self, name):
-        self.name = name
-        self.row = CROSS[name]
-        self.model, self.clip = build_cross(name), self.row.clip()
-
-    def sample(self, model, prompt=SOURCE):
-        with torch.inference_mode():
-            both = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))] * 2
-            latent = torch.zeros(self.row.latent)
-            noise = comfy.sample.prepare_noise(latent, 0)
-            return comfy.sample.sample(
-                *(model, noise, 1, 1.0, "euler", "simple", *both, latent), disable_pbar=True, seed=0
-            )
-
-    def given(self, prompt, model=None):
-        """Path -> what each projection is given while a prompt is sampled (N, D)."""
-        model = model or self.model
-        seen, hooks = {}, []
-        for layer in cross_attentions(model.model):
-            for at, module in enumerate(layer.modules):
-
-                def note(_module, inputs, _output, path=(layer.name, at)):
-                    seen[path] = inputs[0][0].detach().float().clone()
-
-                hooks.append(module.register_forward_hook(note))
-        try:
-            self.sample(model, prompt)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
-
-    def encode(self, prompts, model=None):
-        (reading,) = text_side(model or self.model, self.clip, "", True).readings
-        return reading.encoders[0](prompts)
-
-    def edited_keys(self):
-        """The weights of all keys and values."""
-        return [
-            f"{PREFIX}{layer.name}.{part}.weight"
-            for layer in cross_attentions(self.model.model)
-            for part in family_row(self.name).network.projections
-        ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _narrow():
-    with narrow_families():
-        yield
-
-
-@pytest.fixture(scope="module")
-def smalls():
-    """Each family's small models, built once."""
-    return functools.cache(Small)
-
-
-@pytest.fixture(params=ACTED_ON)
-def small(request, smalls):
-    return smalls(request.param)
-
-
-@pytest.fixture
-def loras(tmp_path, monkeypatch):
-    """An empty models/loras."""
-    _, extensions = folder_paths.folder_names_and_paths["loras"]
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], extensions))
-    return tmp_path
+from tests.host.cross_models import build_cross, family_row, full_size, real_families
 
 
 @functools.cache
@@ -151,80 +50,9 @@ def load_lora(model, file):
     return stock_nodes().LoraLoaderModelOnly().load_lora_model_only(model, file.name, 1.0)[0]
 
 
-def assume(small, model=None, **changes):
-    settings = {"augment": False, "with_padding": False, **SOLVING, **changes}
-    return PerfusionEditAssumption.execute(
-        model or small.model, small.clip, SOURCE, DESTINATION, **settings
-    ).args
-
-
-def weights_of(model):
-    """All weights of a MODEL as ComfyUI computes them when it loads it."""
-    comfy.model_management.unload_all_models()
-    return {
-        key: model.patch_weight_to_device(key, return_weight=True).float().clone()
-        for key in model.model.state_dict()
-        if key.startswith(PREFIX)
-    }
-
-
 def changed_keys(first, second):
     a, b = weights_of(first), weights_of(second)
     return {key for key in a if not torch.equal(a[key], b[key])}
-
-
-def close_to(found, expected):
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=CLOSE)
-
-
-def formula(weight, inputs, targets, ridge=RIDGE):
-    """dW of the paper's normal equations, in fp64."""
-    weight, inputs, targets = weight.double(), inputs.double(), targets.double()
-    system = inputs.mT @ inputs + ridge * torch.eye(inputs.shape[1], dtype=torch.float64)
-    wanted = (targets - inputs) @ weight.mT
-    return torch.linalg.solve(system, inputs.mT @ wanted).mT.float()
-
-
-def patched_between(small):
-    """The same MODEL with a patch on what encodings pass in it."""
-    model = small.model.clone()
-    if small.name in BETWEEN:
-        key = f"{PREFIX}{BETWEEN[small.name]}.weight"
-        shape = small.model.model.state_dict()[key].shape
-        change = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(5)) / shape[1]
-        model.add_patches({key: ("diff", (change * shape[1] ** 0.5,))})
-    return model
-
-
-@pytest.mark.parametrize("patched", [False, True], ids=["plain", "with a LoRA on what is between"])
-def test_encodings_are_what_all_projections_are_given(small, patched):
-    model = patched_between(small) if patched else small.model
-    seen = small.given(SOURCE, model)
-    assert len(seen) == sum(len(layer.modules) for layer in cross_attentions(model.model))
-    first = next(iter(seen.values()))
-    assert all(torch.equal(rows, first) for rows in seen.values())
-    (prompt,) = small.encode([SOURCE], model)
-    count = len(prompt.tokens)
-    assert [word.text for word in words_of(prompt)] == SOURCE.split()
-    close_to(prompt.encodings, first[:count])
-    if small.name == "anima":
-        # Behind the T5 tokens the adapter's output is filled up with zeros, which say nothing.
-        assert not bool(first[count:].any())
-    elif small.name != "ltxv":
-        assert count == len(first)
-    if patched and small.name in BETWEEN:
-        (plain,) = small.encode([SOURCE])
-        assert not torch.allclose(plain.encodings, prompt.encodings, atol=1e-2)
-
-
-def test_tokens_that_a_model_does_not_look_at_are_left_out(smalls):
-    small = smalls("ltxv")
-    source, destination = small.encode([SOURCE, DESTINATION])
-    assert len(source.tokens) == source.end + 1
-    assert len(match_in_order(source, destination)) == len(source.tokens)
-    # The others are there, and what they hold changes nothing.
-    assert len(next(iter(small.given(SOURCE).values()))) > len(source.tokens)
 
 
 def test_the_edit_is_the_closed_formula_on_every_key_and_value(small):
@@ -379,66 +207,3 @@ def test_debiasing_pushes_the_word_towards_what_is_missing(small):
         wanted = old[key] @ (0.4 * (blue - old_word))
         found = (new[key] - old[key]) @ mug
         assert float((found - wanted).norm()) < 0.02 * float(wanted.norm()), key
-
-
-def test_each_of_two_experts_is_edited_for_what_its_own_layers_read(smalls):
-    low, high = smalls("wan"), build_cross("wan", seed=7)
-    first, second = low.encode([SOURCE])[0], low.encode([SOURCE], high)[0]
-    assert first.tokens == second.tokens
-    assert not torch.allclose(first.encodings, second.encodings, atol=1e-2)
-    edited, _ = assume(low, high)
-    source, destination = low.encode([SOURCE, DESTINATION], high)
-    matched = match_in_order(source, destination)[: source.end]
-    old, new = weights_of(high), weights_of(edited)
-    for key in low.edited_keys():
-        change = formula(old[key], source.encodings[: source.end], destination.encodings[matched])
-        close_to(new[key] - old[key], change)
-
-
-def test_what_a_quantised_network_makes_of_encodings_is_what_its_weights_mean(smalls):
-    small, plain = smalls("wan"), build_cross("wan")
-    network = plain.model.diffusion_model
-    stored, meant = quantised_state(network.state_dict(), "float8_e4m3fn", "text_embedding")
-    network.load_state_dict(meant)
-    config = small.row.config(dict(small.row.unet))
-    config.quant_config = {"mixed_ops": True}
-    config.set_inference_dtype(torch.float32, torch.float32)
-    with torch.inference_mode():
-        base = small.row.base(config, device=CPU)
-        base.diffusion_model.load_state_dict(stored, strict=False)
-    assert isinstance(base.diffusion_model.text_embedding[0].weight, QuantizedTensor)
-    quantised = model_patcher.CoreModelPatcher(base, load_device=CPU, offload_device=CPU)
-    (found,), (expected,) = (small.encode([SOURCE], model) for model in (quantised, plain))
-    close_to(found.encodings, expected.encodings)
-    (rounded,) = small.encode([SOURCE])
-    assert not torch.allclose(rounded.encodings, expected.encodings, atol=1e-3)
-
-
-def test_statistics_are_preserved_where_they_are_of_what_the_layers_read(small):
-    entry = family_row(small.name).network.entry
-    adapts = family_row(small.name).network.adapts
-    captions = ["a small cat in a garden", "an old bag", "the white snow"]
-    model = small.model if adapts else None
-    statistics = measure_covariance(small.clip, captions, model=model)
-    kept = preserve_prompts(small.clip, (), 1.0, statistics, 3e4)
-    if entry is not None:
-        with pytest.raises(ValueError, match=rf"sends that through `{entry}` before"):
-            assume(small, preserve=kept)
-        return
-    rows = torch.cat([each.encodings[: each.end] for each in small.encode(captions)])
-    old = weights_of(small.model)
-
-    def drift(edited):
-        new = weights_of(edited)
-        return sum(float((rows @ (new[key] - old[key]).mT).norm()) for key in small.edited_keys())
-
-    assert drift(assume(small, preserve=kept)[0]) < 0.5 * drift(assume(small)[0])
-
-
-def test_the_clip_of_another_family_is_refused_with_both_named(small, smalls):
-    other = smalls("wan" if small.name != "wan" else "ltxv")
-    with pytest.raises(UnsupportedModelError, match=r"does not belong to .*expected the text enc"):
-        PerfusionEditAssumption.execute(
-            *(small.model, other.clip, SOURCE, DESTINATION),
-            **{"augment": False, "with_padding": False, **SOLVING},
-        )

@@ -10,7 +10,6 @@ import comfy.model_management
 import comfy.sample
 import comfy.sd
 import comfy.utils
-import folder_paths
 import pytest
 import torch
 from comfy import model_patcher
@@ -103,14 +102,6 @@ def sample(kind, model, clip, prompt="a bag", seen=None) -> torch.Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@pytest.fixture
-def loras(tmp_path, monkeypatch):
-    """An empty models/loras."""
-    _, extensions = folder_paths.folder_names_and_paths["loras"]
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], extensions))
-    return tmp_path
 
 
 def loaded(model, file):
