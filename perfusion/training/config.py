@@ -18,6 +18,7 @@ RateUnit = Literal["relative", "absolute"]
 VectorStart = Literal["random", "superclass"]
 
 DEFAULT_MODE: Mode = "perfusion"
+"""What is trained where nobody says."""
 
 
 def counted_positions(mode: Mode) -> Positions:
@@ -27,9 +28,6 @@ def counted_positions(mode: Mode) -> Positions:
     pad to hundreds of tokens. The other locks subtract a share of i at every token.
     """
     return "words" if mode == "twin_lock" else "all"
-
-
-"""What is trained where nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True)
