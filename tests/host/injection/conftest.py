@@ -6,16 +6,19 @@ import functools
 
 import pytest
 
-from tests.host.cross_models import (
-    CROSS,
-)
-from tests.host.cross_oracle import (
-    Small,
-)
+from tests.host.cross_models import CROSS, narrow_families
+from tests.host.cross_oracle import Small
 
 
 @pytest.fixture(scope="module")
-def smalls(worlds):
+def narrow():
+    """The families' small encodings."""
+    with narrow_families():
+        yield
+
+
+@pytest.fixture(scope="module")
+def smalls(worlds, narrow):
     """Each family's small models, built once."""
     return functools.cache(lambda name: Small(name, worlds))
 

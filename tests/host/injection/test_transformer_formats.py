@@ -21,7 +21,7 @@ from comfyui_perfusion.perfusion import Direction
 from comfyui_perfusion.perfusion.gated.gate import Gate
 from comfyui_perfusion.perfusion.gated.twin_lock import TwinProjections, twin_gates, twin_inputs
 
-from tests.host.cross_models import CPU, CROSS, build_cross, narrow_families
+from tests.host.cross_models import CPU, CROSS, build_cross
 from tests.host.cross_oracle import Small
 from tests.host.injection import weight_formats as formats
 from tests.host.training_world import batch_of
@@ -31,10 +31,7 @@ TEXT, NAMELESS = "a photo of a <a> in the snow", "a small cat in a garden"
 CLOSE = formats.agreement(torch.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _narrow():
-    with narrow_families():
-        yield
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 @pytest.fixture(scope="module", params=CROSS)

@@ -12,17 +12,13 @@ from comfyui_perfusion.host.text.twin import TwinEncoding, untwined
 from comfyui_perfusion.perfusion import GateSchedule
 
 import nodes
-from tests.host.cross_models import narrow_families
 from tests.host.cross_oracle import PROMPT, READS_AS, close_to, oracle, read_pairs
 
 # Longer than BERT, mT5 and LTX-Video's T5 are filled up to.
 LONG = "a photo of a <a> on a table" + ", and an old house in a garden beside it" * 28
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _narrow():
-    with narrow_families():
-        yield
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def test_the_stock_node_encodes_prompts_that_name_concepts(small):

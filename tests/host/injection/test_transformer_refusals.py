@@ -21,14 +21,9 @@ from tests.host.cross_models import (
     CROSS,
     META,
     base_of,
-    narrow_families,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _narrow():
-    with narrow_families():
-        yield
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def test_a_concept_file_names_its_family_and_is_refused_by_another(small, smalls, worlds, tmp_path):

@@ -25,7 +25,6 @@ from tests.host.cross_models import (
     CROSS,
     build_cross,
     full_size,
-    narrow_families,
     real_families,
 )
 from tests.host.cross_oracle import (
@@ -38,11 +37,7 @@ from tests.host.cross_oracle import (
     replace_projections,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _narrow():
-    with narrow_families():
-        yield
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 @pytest.mark.parametrize("name", CROSS)

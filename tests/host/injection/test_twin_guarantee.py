@@ -16,6 +16,7 @@ from comfyui_perfusion.host.injection.apply import apply_concepts
 from comfyui_perfusion.host.text.twin import TwinEncoding
 
 from tests.host.cross_models import CROSS, build_cross, narrow_families
+from tests.host.first_step import seen_rows
 
 NAMED, READS_AS = "a photo of a <a> in the snow", "a photo of a cat in the snow"
 NAMELESS = "a small mug in a garden"
@@ -97,35 +98,27 @@ def test_on_every_transformer_a_negative_beside_a_prompt_that_names_a_concept_is
     named, nameless = (worlds.encode(knowing, text) for text in (NAMED, NAMELESS))
     reads_as, plain = (worlds.encode(clip, text) for text in (READS_AS, NAMELESS))
     latent = CROSS[name].latent
-    found, beside = seen_rows(patched, named, nameless, latent)
-    base, base_beside = seen_rows(model, reads_as, plain, latent)
+    found, beside = rows_of(patched, named, nameless, latent)
+    base, base_beside = rows_of(model, reads_as, plain, latent)
     assert torch.isfinite(base_beside).all()
     assert torch.equal(beside, base_beside)
     assert not torch.equal(found, base)
     # And the other way round: the negative names it.
-    beside, _ = seen_rows(patched, nameless, named, latent)
-    assert torch.equal(beside, seen_rows(model, plain, reads_as, latent)[0])
+    beside, _ = rows_of(patched, nameless, named, latent)
+    assert torch.equal(beside, rows_of(model, plain, reads_as, latent)[0])
 
 
-def seen_rows(model, positive, negative, shape):
+def rows_of(model, positive, negative, shape):
     """What the model gives for either conditioning at the first step, from one call of it."""
-    rows = {}
+    latent = torch.zeros(shape)
+    noise = comfy.sample.prepare_noise(latent, 0)
 
-    def remember(apply_model, args):
-        found = apply_model(args["input"], args["timestep"], **args["c"])
-        halves = found.chunk(len(args["cond_or_uncond"]))
-        for kind, half in zip(args["cond_or_uncond"], halves, strict=True):
-            rows.setdefault(kind, half.clone())
-        return found
+    def sample(clone):
+        with torch.inference_mode():
+            comfy.sample.sample(
+                *(clone, noise, 1, 2.0, "euler", "simple", positive, negative, latent),
+                disable_pbar=True,
+                seed=0,
+            )
 
-    clone = model.clone()
-    clone.set_model_unet_function_wrapper(remember)
-    with torch.inference_mode():
-        latent = torch.zeros(shape)
-        noise = comfy.sample.prepare_noise(latent, 0)
-        comfy.sample.sample(
-            *(clone, noise, 1, 2.0, "euler", "simple", positive, negative, latent),
-            disable_pbar=True,
-            seed=0,
-        )
-    return rows[0], rows[1]
+    return seen_rows(model, sample)

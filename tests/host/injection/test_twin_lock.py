@@ -19,6 +19,7 @@ from comfyui_perfusion.perfusion.gated.twin_lock import (
 )
 
 import nodes as comfy_nodes
+from tests.host.first_step import seen_rows
 from tests.host.twin_oracle import oracle
 
 FAMILY = "sd1_light"
@@ -46,21 +47,9 @@ def assert_close(found, expected):
     torch.testing.assert_close(found / scale, expected / scale, **CLOSE)
 
 
-def seen_rows(model, positive, negative, worlds):
+def rows_of(model, positive, negative, worlds):
     """What the model gives for each conditioning at the first step: (positive, negative)."""
-    rows = {}
-
-    def remember(apply_model, args):
-        found = apply_model(args["input"], args["timestep"], **args["c"])
-        halves = found.chunk(len(args["cond_or_uncond"]))
-        for kind, half in zip(args["cond_or_uncond"], halves, strict=True):
-            rows.setdefault(kind, half.clone())
-        return found
-
-    clone = model.clone()
-    clone.set_model_unet_function_wrapper(remember)
-    worlds.sample_conds(clone, positive, negative, 1)
-    return rows[0], rows[1]
+    return seen_rows(model, lambda clone: worlds.sample_conds(clone, positive, negative, 1))
 
 
 @pytest.mark.parametrize("family", ["sd1_light", "sd2_light", "sdxl_light"])
@@ -80,12 +69,12 @@ def test_a_prompt_that_names_no_concept_gives_the_base_models_picture_to_the_las
     assert torch.equal(worlds.sample_conds(patched, *known, 1, batch=2), expected)
     # The negative beside a positive that names it, in one batch.
     named = worlds.encode(clip, "a <a> on the beach")
-    found, uncond = seen_rows(patched, named, known[1], worlds)
-    base, base_uncond = seen_rows(model, *plain, worlds)
+    found, uncond = rows_of(patched, named, known[1], worlds)
+    base, base_uncond = rows_of(model, *plain, worlds)
     assert torch.equal(uncond, base_uncond)
     assert not torch.allclose(found, base, atol=1e-2)
     # And the other way round.
-    cond, _ = seen_rows(patched, known[0], named, worlds)
+    cond, _ = rows_of(patched, known[0], named, worlds)
     assert torch.equal(cond, base)
     comfy.model_management.unload_all_models()
     assert worlds.same(worlds.state(model), before)

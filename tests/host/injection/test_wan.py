@@ -16,7 +16,6 @@ from tests.host.cross_models import (
     CROSS,
     base_of,
     build_cross,
-    narrow_families,
     randomise,
 )
 from tests.host.cross_oracle import (
@@ -27,11 +26,7 @@ from tests.host.cross_oracle import (
     read_pairs,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _narrow():
-    with narrow_families():
-        yield
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def image_to_video():

@@ -22,6 +22,19 @@ from tests.method.tiny_diffusion import (
 )
 
 
+def watched_batches(denoiser) -> list[Batch]:
+    """Where the batches of a training will be, in order."""
+    batches: list[Batch] = []
+    original = denoiser.errors
+
+    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
+        batches.append(batch)
+        return original(batch, encoded, edit)
+
+    denoiser.errors = watched
+    return batches
+
+
 def test_masked_pixels_teach_nothing(denoiser, covariance):
     masks = torch.zeros(5, 1, SIDE, SIDE)
     masks[..., :2] = 1
@@ -35,14 +48,7 @@ def test_masked_pixels_teach_nothing(denoiser, covariance):
 
 
 def test_every_image_gets_its_turn_and_timesteps_cover_the_schedule(denoiser, covariance):
-    batches: list[Batch] = []
-    original = denoiser.errors
-
-    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
-        batches.append(batch)
-        return original(batch, encoded, edit)
-
-    denoiser.errors = watched  # type: ignore[method-assign]
+    batches = watched_batches(denoiser)
     train_concept(denoiser, config(batch_size=7), covariance)
     for batch in batches:
         assert set(batch.indices.tolist()) == set(range(5))
@@ -113,14 +119,7 @@ def test_a_sentence_drawn_twice_is_encoded_once(denoiser, covariance):
 
 def test_every_variant_is_seen_and_noise_does_not_depend_on_the_grouping(denoiser, covariance):
     denoiser.variant_count = 2
-    batches: list[Batch] = []
-    original = denoiser.errors
-
-    def watched(batch: Batch, encoded: Conditioning, edit: GatedProjections | None) -> Tensor:
-        batches.append(batch)
-        return original(batch, encoded, edit)
-
-    denoiser.errors = watched  # type: ignore[method-assign]
+    batches = watched_batches(denoiser)
     train_concept(denoiser, config(), covariance)
     assert {v for batch in batches for v in batch.variants.tolist()} == {0, 1}
     noise = batches[0].noise(3, 4, 4)
