@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from inprocess import load_pack
+from inprocess import ROOT, load_pack
 
 load_pack()
 
@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfyui_perfusion.demo import render, specs  # noqa: E402
 from comfyui_perfusion.demo.evaluate import caption_accuracy  # noqa: E402
 from comfyui_perfusion.demo.fidelity import to_judge  # noqa: E402
-from comfyui_perfusion.demo.generate import generate  # noqa: E402
+from comfyui_perfusion.demo.generate import CFG, SAMPLER, SCHEDULER, STEPS, generate  # noqa: E402
 from comfyui_perfusion.demo.judge import load_judge  # noqa: E402
 from comfyui_perfusion.demo.model.small_model import load_small_model  # noqa: E402
 from comfyui_perfusion.demo.world import WEIGHTS, world_weights  # noqa: E402
@@ -98,3 +98,15 @@ def test_pictures_show_what_captions_say_about_as_often_as_recorded(
     for name, slack in (("kind", 0.15), ("scene", 0.15), ("color", 0.2)):
         assert figures[name] > record["captions"][name] - slack, name
         assert figures[name] > 0.6, name
+
+
+def test_the_small_worlds_templates_draw_with_the_settings_that_were_measured() -> None:
+    pages = sorted((ROOT / "workflows" / "api").glob("0[1-8]*.json"))
+    assert len(pages) == 8
+    for page in pages:
+        for node in json.loads(page.read_text(encoding="utf-8")).values():
+            found = node["inputs"]
+            if node["class_type"] == "KSampler":
+                used = [found[name] for name in ("steps", "cfg", "sampler_name", "scheduler")]
+                assert used == [STEPS, CFG, SAMPLER, SCHEDULER], page.name
+            assert found.get("sample_cfg", CFG) == CFG, page.name
