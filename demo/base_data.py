@@ -14,7 +14,7 @@ from .captions import marked_captions
 from .networks import Words
 from .pool import CHUNK, chunk_specs, load_chunk, save_atomically
 from .specs import LOOK, Specs, ordinary
-from .train_autoencoder import to_input
+from .train_encoder import to_input
 
 SHORT = 32
 """Tokens that all captions fit in, of a prompt's 77: what most training steps make do with."""

@@ -1,8 +1,8 @@
 """Make the small world's weights: ``python -m demo.train`` from the repository's root.
 
-Renders pictures, trains an autoencoder, the text-to-image model and the judge one after the other,
-and writes ``demo/weights``. A stopped run goes on where it was (state in ``demo/cache``). Not part
-of the published pack.
+Renders pictures, fits the encoder, trains the text-to-image model, the decoder on what that model
+draws, and the judge, one after the other, and writes ``demo/weights``. A stopped run goes on where
+it was (state in ``demo/cache``). Not part of the published pack.
 """
 
 import argparse
@@ -28,11 +28,10 @@ from torch import Tensor  # noqa: E402
 from . import train_state  # noqa: E402
 from .evaluate import caption_accuracy  # noqa: E402
 from .networks import Words  # noqa: E402
-from .pool import load_chunk  # noqa: E402
-from .render import to_rgb  # noqa: E402
 from .sheet import sheet  # noqa: E402
-from .train_autoencoder import AutoencoderConfig, psnr, train_autoencoder  # noqa: E402
 from .train_base import BaseConfig, train_base  # noqa: E402
+from .train_decoder import DecoderConfig, train_decoder  # noqa: E402
+from .train_encoder import make_encoder  # noqa: E402
 from .train_judge import JudgeConfig, train_judge  # noqa: E402
 from .world import WEIGHTS, world_weights  # noqa: E402
 
@@ -44,18 +43,18 @@ CACHE = Path(__file__).parent / "cache"
 class Plan:
     """Everything that determines the weights."""
 
-    autoencoder: AutoencoderConfig
     base: BaseConfig
+    decoder: DecoderConfig
     judge: JudgeConfig
 
 
 PLANS = {
-    "small": Plan(AutoencoderConfig(), BaseConfig(), JudgeConfig()),
+    "small": Plan(BaseConfig(), DecoderConfig(), JudgeConfig()),
     "large": Plan(
-        AutoencoderConfig(steps=6000, batch=256, chunks=64),
         BaseConfig(
             minutes=18, batch=1024, window=64, channels=128, averaging=0.9995, report_every=1000
         ),
+        DecoderConfig(steps=6000, batch=256, chunks=48),
         JudgeConfig(steps=4000, batch=128, chunks=48),
     ),
 }
@@ -137,16 +136,15 @@ def main() -> None:
     cache.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    autoencoder = train_autoencoder(cache, plan.autoencoder, device, until)
-    if autoencoder is None:
+    encoder = make_encoder(cache, plan.base.seed, device).train(False)
+    trainer = train_base(cache, encoder, plan.base, device, until, name == "large")
+    found = trainer and train_decoder(
+        cache, trainer.average, trainer.schedule, plan.decoder, device, until
+    )
+    if trainer is None or found is None:
         _stop(cache, arguments.keep)
         return
-    autoencoder.train(False).requires_grad_(False)
-    trainer = train_base(cache, autoencoder, plan.base, device, until, name == "large")
-    if trainer is None:
-        _stop(cache, arguments.keep)
-        return
-    autoencoder = autoencoder.to("cpu")
+    autoencoder, decoder_figures = found
     weights = gather_weights(trainer.average.state_dict(), Words().ids, autoencoder)
     save_file(weights, folder / "small_world.safetensors")
     judge, judge_report = train_judge(cache, autoencoder, plan.judge, device)
@@ -166,11 +164,8 @@ def main() -> None:
     record = {
         "command": f"python -m demo.train --plan {name}{how_long}",
         "device": device,
-        "autoencoder": {
-            **asdict(plan.autoencoder),
-            "held_out_psnr_db": round(psnr(autoencoder, to_rgb(load_chunk(-1)[0][:512])), 2),
-        },
         "base": {**asdict(plan.base), "steps": trainer.step, "history": trainer.history},
+        "decoder": {**asdict(plan.decoder), **decoder_figures},
         "judge": {**asdict(plan.judge), **judge_report},
         "captions": figures,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

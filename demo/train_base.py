@@ -74,7 +74,7 @@ class BaseConfig:
         return range(epoch * fresh, epoch * fresh + self.window)
 
 
-def _noised(x: Tensor, t: Tensor, schedule: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def noised(x: Tensor, t: Tensor, schedule: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     a, s = schedule[t].sqrt().view(-1, 1, 1, 1), (1 - schedule[t]).sqrt().view(-1, 1, 1, 1)
     return a * x + s * noise, a * noise - s * x
 
@@ -123,7 +123,7 @@ def evaluate(
     x, masks = data.latents[0, :count].float().cpu(), data.masks[:count].float().cpu()
     t = ((torch.arange(count) + 0.5) / count * TIMESTEPS).long()
     t = t[torch.randperm(count, generator=g)]
-    noisy, target = _noised(x, t, schedule.cpu(), torch.randn(x.shape, generator=g))
+    noisy, target = noised(x, t, schedule.cpu(), torch.randn(x.shape, generator=g))
     everyone, nobody = torch.ones(count, 2).bool(), torch.zeros(count, 2).bool()
     plain, proper = (say(data.words, -1, 0, share) for share in (0.0, 1.0))
     empty = data.words.empty[:, :SHORT].expand(count, -1, -1)
@@ -270,7 +270,7 @@ class BaseTrainer:
         strata = (torch.arange(n, device=device) + uniform(1)) / n
         t = (strata * config.timesteps).long().clamp(max=config.timesteps - 1)
         noise = torch.randn(x.shape, generator=g, device=device)
-        noisy, target = _noised(x, t, self.schedule, noise)
+        noisy, target = noised(x, t, self.schedule, noise)
         self._set_rates()
         weight = 1 + config.thing_weight * masks.amax(1, keepdim=True)
         weight = weight / (1 + 0.2 * config.thing_weight)

@@ -22,7 +22,7 @@ from .pool import chunk_specs, load_chunk, save_atomically
 from .render import render_indices
 from .specs import LOOK, STYLES, Specs
 from .things import photo_specs
-from .train_autoencoder import to_input
+from .train_encoder import to_input
 
 log = logging.getLogger("demo.train")
 PAIRS = 8192

@@ -38,7 +38,7 @@ def keep(
 
 
 def taken_up(name: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """What ``keep_all`` kept of "encoder", "autoencoder" or "base", or None where it kept nothing.
+    """What ``keep_all`` kept of "encoder", "base" or "decoder", or None where it kept nothing.
 
     Groups of tensors in fp32 and what is known about them.
     """
@@ -59,7 +59,7 @@ def keep_all(cache: Path, folder: Path = FOLDER) -> None:
         model = torch.load(cache / "encoder.pt", map_location="cpu")
         exact = {k: v for k, v in model.items() if not k.startswith(("decoder", "voter"))}
         keep(folder / "encoder.safetensors", {"model": exact}, {}, torch.float32)
-    for name in ("base", "autoencoder"):
+    for name in ("base", "decoder"):
         path = cache / f"{name}_state.pt"
         if path.exists():
             saved = torch.load(path, map_location="cpu")
