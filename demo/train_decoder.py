@@ -26,7 +26,7 @@ HELD_OUT = 512
 class DecoderConfig:
     """What determines the decoder's weights, with those of the model that draws."""
 
-    steps: int = 5000
+    steps: int = 6500
     batch: int = 64
     chunks: int = 8
     first_chunk: int = 120
@@ -104,7 +104,7 @@ class _Trainer:
             features = self.model.features(z.contiguous(memory_format=torch.channels_last))
             features = features.permute(0, 2, 3, 1).reshape(n, 64 * 64, -1)
             # Some of the pixels are enough, and a third of the cost: at first those of things.
-            background = 0.15 if self.step < 0.4 * config.steps else 0.5
+            background = max(0.15, self.step / config.steps)
             things = F.interpolate((masks.float().amax(1, keepdim=True) > 0).float(), (64, 64))
             odds = torch.rand(n, 64 * 64, generator=g).to(self.device) * (
                 background + (1 - background) * things.flatten(1)
