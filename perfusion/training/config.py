@@ -110,7 +110,7 @@ class TrainingConfig(TrainingSettings):
     superclass: str
     steps: int = 400
     batch_size: int = 16
-    learning_rate: float = 0.25
+    learning_rate: float = 0.125
     embedding_learning_rate: float = 0.09
     seed: int = 0
     mode: Mode = DEFAULT_MODE

@@ -53,7 +53,7 @@ def training(**nodes: dict[str, Any]) -> Prompt:
     """Two steps in the small world; `nodes` are added, and `train` changes the training."""
     inputs = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": [PHOTOS, 0]}
     inputs |= {"superclass": "teddy", "placeholder": "<mine>", "steps": 2, "batch_size": 2}
-    inputs |= {"learning_rate": 0.25, "embedding_learning_rate": 0.09, "seed": 0}
+    inputs |= {"learning_rate": 0.125, "embedding_learning_rate": 0.09, "seed": 0}
     inputs |= {"options": ["options", 0], **nodes.pop(TRAIN, {})}
     return {
         "1": node("PerfusionDemoModel"),
