@@ -113,7 +113,7 @@ def _assumption(world: World, kind: str, way: Any, seeds: int) -> dict[str, Tens
     old, new = KINDS[kind].usual_colors[0], NEW_COLORS[kind]
     model = world.model
     if way == "uce":
-        # Of the steps 0.5 to 4, and of colours alone or with the kind, the best.
+        # Of the steps 1 to 4, and of colours alone or with the kind, the best.
         attributes = f"{old} {kind}", f"{new} {kind}"
         asked = Debiasing(kind, attributes, (1.0, 0.0), (0.0, 1.0), step=2.0)
         constraints = debias_constraints(world.encode, [asked])

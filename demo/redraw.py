@@ -13,17 +13,16 @@ from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder
 from torch import Tensor, nn
 
 from .base_data import SHORT, Data, load_data, say
+from .generate import CFG
 from .networks import Words, velocity
 from .pool import CHUNK, load_chunk, save_atomically
-from .train_base import contexts, noised
+from .train_base import BaseConfig, contexts, noised
 
 STEPS = 8
-GUIDANCE = 2.0
 FIRST, LAST = 100, 690
 """Between these timesteps, of 720, drawing begins."""
 FAITHFUL = 0.1
 """Mean square difference of latents up to which it is still the same picture."""
-NAMED_SHARE = 0.15
 _BATCH = 128
 
 
@@ -58,7 +57,7 @@ def redraw(
         then = (t * (1 - (step + 1) / STEPS)).long()
         with torch.autocast(device.type, torch.bfloat16):
             v = velocity(networks, x.repeat(2, 1, 1, 1), now.repeat(2), both).float()
-        v = v[n:].lerp(v[:n], GUIDANCE)
+        v = v[n:].lerp(v[:n], CFG)
         a, s = (k.sqrt().view(-1, 1, 1, 1) for k in (schedule[now], 1 - schedule[now]))
         clean, noise = a * x - s * v, s * x + a * v
         a, s = (k.sqrt().view(-1, 1, 1, 1) for k in (schedule[then], 1 - schedule[then]))
@@ -72,7 +71,7 @@ def _redraw_all(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Latents of a chunk, which are mirrored, bool (n,), and which are still the same picture."""
     g = torch.Generator().manual_seed(8_000_000 + chunk)
-    told = say(data.words, chunk, -1, NAMED_SHARE)
+    told = say(data.words, chunk, -1, BaseConfig.named_share)
     nothing = data.words.empty[:, :SHORT].to(device)
     latents, mirrored, faithful = [], [], []
     for part in torch.arange(count).split(_BATCH):

@@ -30,7 +30,7 @@ from .networks import (
     velocity,
 )
 from .pool import CHUNK, save_atomically
-from .train_state import taken_up
+from .train_state import forget_drawn, taken_up
 
 log = logging.getLogger("demo.train")
 
@@ -314,6 +314,7 @@ class BaseTrainer:
         Reports and saves on the way; says whether the end was reached.
         """
         config, running = self.config, None
+        forget_drawn(cache)
         per_epoch = config.window * CHUNK // config.batch
         held_out = load_data(cache, autoencoder, self.words, range(-1, 0), self.device)
         speaker = Speaker(self.words, config.named_share, self.device, apart)

@@ -67,6 +67,13 @@ def keep_all(cache: Path, folder: Path = FOLDER) -> None:
             keep(folder / f"{name}_average.safetensors", {"average": saved["average"]}, about)
 
 
+def forget_drawn(cache: Path) -> None:
+    """Delete what an earlier state of the model drew, and the decoder that learned from it."""
+    for pattern in ("drawn*.pt", "decoder_state.pt", "autoencoder.pt"):
+        for path in cache.glob(pattern):
+            path.unlink()
+
+
 def main() -> None:
     """Keep the cache's state with the code."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -17,6 +17,7 @@ from comfyui_perfusion.demo.model.small_model import CHANNELS, build_unet  # noq
 from comfyui_perfusion.demo.networks import Words, alphas_cumprod, build_networks  # noqa: E402
 from comfyui_perfusion.demo.train_decoder import wrong_pixels  # noqa: E402
 from comfyui_perfusion.demo.train_encoder import to_input  # noqa: E402
+from comfyui_perfusion.demo.train_state import forget_drawn  # noqa: E402
 from comfyui_perfusion.demo.world import world_weights  # noqa: E402
 
 COUNT = 24
@@ -82,3 +83,12 @@ def test_drawing_from_hardly_any_noise_changes_hardly_anything(
     t = torch.full((4,), 3)
     found = redraw.redraw(networks, schedule, latents * schedule[3].sqrt(), t, nothing, nothing)
     assert float((found - latents).square().mean()) < 0.01
+
+
+def test_a_model_that_learns_on_leaves_no_decoder_of_before(tmp_path: Path) -> None:
+    stale = ("drawn-1.pt", "drawn120.pt", "decoder_state.pt", "autoencoder.pt")
+    kept = ("base_state.pt", "encoder.pt", "judge.pt", "latents120.pt")
+    for name in (*stale, *kept):
+        (tmp_path / name).touch()
+    forget_drawn(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
