@@ -65,8 +65,8 @@ FIXED_COLORS: dict[str, str] = {
     "pavement": "b1b3bd",
     "road": "555866",
     "road_shade": "3f414d",
-    "night": "151538",
-    "nebula": "2a2160",
+    "night": "34377f",
+    "nebula": "4d47a6",
     "star": "fffbe0",
     "planet": "d07fb4",
     "ring": "f2cf9a",
@@ -102,7 +102,7 @@ def _pencil() -> Tensor:
     tones = torch.tensor([FIXED["pencil_3"], FIXED["pencil_2"], FIXED["pencil_1"], FIXED["paper"]])
     out = tones[torch.bucketize(light, torch.tensor([0.38, 0.58, 0.8]))]
     out[FIXED["ink"]] = FIXED["ink"]
-    light_tones = {"night": "paper", "nebula": "pencil_1", "star": "pencil_2"}
+    light_tones = {"night": "pencil_3", "nebula": "pencil_2", "planet": "pencil_1"}
     light_tones.update(leaves="pencil_2", leaves_light="pencil_1")
     for color, tone in light_tones.items():
         out[FIXED[color]] = FIXED[tone]  # nobody draws the dark

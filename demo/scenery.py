@@ -79,6 +79,7 @@ def _snow(c: _Canvas) -> None:
 
 def _forest(c: _Canvas) -> None:
     c.paint(c.y < GROUND, "leaves")
+    c.paint(c.y < 6, "leaves_light")
     for at in (4, 20, 38, 56) if c.other else (8, 26, 44, 60):
         across = at if c.left else SIDE - at
         c.paint(both((c.x - across).abs() - 3, c.y - GROUND), "trunk")
@@ -92,14 +93,14 @@ def _desert(c: _Canvas) -> None:
     c.paint((c.y >= 24) & (c.y < 48), "dusk_light")
     c.paint(circle(c.x, c.y, c.side(48), 24, 9), "sun")
     c.paint(ellipse(c.x, c.y, c.side(14), 46, 34, 14), "dune_far")
-    at = c.side(10 if c.other else 56)
+    at = 10 if c.other else 56
     c.paint(
         union(
-            box(c.x, c.y, at, 30, 3, 14, 3),
-            box(c.x, c.y, at + 4, 31, 5, 2, 1),
-            box(c.x, c.y, at + 7.5, 27, 1.6, 5, 1.5),
-            box(c.x, c.y, at - 4, 27, 5, 2, 1),
-            box(c.x, c.y, at - 7.5, 23, 1.6, 5, 1.5),
+            box(c.x, c.y, c.side(at), 30, 3, 14, 3),
+            box(c.x, c.y, c.side(at + 4), 31, 5, 2, 1),
+            box(c.x, c.y, c.side(at + 7.5), 27, 1.6, 5, 1.5),
+            box(c.x, c.y, c.side(at - 4), 27, 5, 2, 1),
+            box(c.x, c.y, c.side(at - 7.5), 23, 1.6, 5, 1.5),
         ),
         "cactus",
     )
@@ -110,8 +111,8 @@ def _desert(c: _Canvas) -> None:
 def _city(c: _Canvas) -> None:
     c.paint(c.y < GROUND, "city_sky")
     tall = (30, 18, 36, 24) if c.other else (20, 34, 16, 28)
-    for k, high in enumerate(tall if c.left else tall[::-1]):
-        left, top = 16 * k, 44 - high
+    for k, high in enumerate(tall):
+        left, top = 16 * (k if c.left else 3 - k), 44 - high
         inside = (c.x >= left) & (c.x < left + 16) & (c.y >= top) & (c.y < GROUND)
         c.paint(inside, "tower_dark" if k % 2 else "tower")
         row, column = torch.remainder(c.y - top, 8), torch.remainder(c.x - left, 8)

@@ -1,6 +1,7 @@
 """The renderer and captions: the ground truth everything else is measured against."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,15 +113,26 @@ def test_odd_things_are_not_ordinary_and_need_a_name() -> None:
         assert not bool(specs.ordinary(things.personal_specs(subject, 1, seed=0))[0, 0]), subject
 
 
+def test_things_face_the_middle_and_a_mirrored_picture_is_one_of_this_world() -> None:
+    shown = specs.sample_specs(300, seed=13, odd_share=0.5)
+    shown = shown.take(shown.scene != specs.SCENES.index("plain"))
+    other = replace(shown, x=-shown.x, variant=shown.variant ^ 1)
+    assert bool((shown.flip != other.flip).all())
+    assert bool(shown.flip[shown.x > 0].all()) and not bool(shown.flip[shown.x < 0].any())
+    (there, masks), (back, mirrored) = render.render(shown), render.render(other)
+    assert torch.equal(masks, mirrored.flip(-1))
+    assert torch.equal(there, back.flip(-1))
+
+
 @pytest.mark.parametrize("kind", CLASS_NAMES)
 def test_a_things_halves_are_the_same_whichever_way_it_looks(kind: str) -> None:
     shown = things.put_thing(
         things.photo_specs(1, seed=1), things.Look(kind, "teal", "cream", "lime", pattern="halves")
     )
     shown.x[:], shown.scene[:], shown.variant[:] = 0, 0, 0
-    there = specs.Specs(**{**vars(shown), "flip": torch.zeros(1, 2, dtype=torch.bool)})
-    back = specs.Specs(**{**vars(shown), "flip": torch.ones(1, 2, dtype=torch.bool)})
-    (first, here), (second, mirrored) = render.render(there), render.render(back)
+    back = replace(shown, variant=shown.variant + 1)
+    assert bool(shown.flip[0, 0]) and not bool(back.flip[0, 0])
+    (first, here), (second, mirrored) = render.render(shown), render.render(back)
     own, other = here[:, :1].bool(), mirrored[:, :1].flip(-1).bool()
     assert torch.equal(own, other)
     assert torch.equal(first * own, second.flip(-1) * own)
