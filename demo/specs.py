@@ -56,7 +56,7 @@ class Specs:
 
     @property
     def flip(self) -> Tensor:
-        """Which things look left, bool (n, 2): they face the middle, in the middle as the view does.
+        """Which things look left, bool (n, 2): they face the middle; there, as the view does.
 
         Left to chance, the side of a tail is what a model decides last, and then it draws two.
         """
