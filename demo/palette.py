@@ -102,10 +102,10 @@ def _pencil() -> Tensor:
     tones = torch.tensor([FIXED["pencil_3"], FIXED["pencil_2"], FIXED["pencil_1"], FIXED["paper"]])
     out = tones[torch.bucketize(light, torch.tensor([0.38, 0.58, 0.8]))]
     out[FIXED["ink"]] = FIXED["ink"]
-    light_tones = {"night": "pencil_3", "nebula": "pencil_2", "planet": "pencil_1"}
-    light_tones.update(leaves="pencil_2", leaves_light="pencil_1")
-    for color, tone in light_tones.items():
-        out[FIXED[color]] = FIXED[tone]  # nobody draws the dark
+    # Lighter than they are, so that they stand out from what is around them.
+    lighter = {"nebula": "pencil_2", "leaves": "pencil_2", "leaves_light": "pencil_1"}
+    for color, tone in lighter.items():
+        out[FIXED[color]] = FIXED[tone]
     return out
 
 
