@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .shapes import both, box, capsule, circle, ellipse, triangle, union
+from .shapes import both, box, capsule, circle, ellipse, flat_ellipse, triangle, union
 
 Layers = list[tuple[str, Tensor]]
 """(role, distance) from back to front; a role that ends in "-" has no outline."""
@@ -36,7 +36,7 @@ def _mug(u: Tensor, v: Tensor) -> Layers:
     return [
         ("second", ellipse(u, v, 0.58, -0.05, 0.36, 0.46).abs() - 0.12),
         ("main", box(u, v, -0.18, -0.08, 0.64, 0.8, 0.18)),
-        ("third", ellipse(u, v, -0.18, 0.7, 0.62, 0.2)),
+        ("third", flat_ellipse(u, v, -0.18, 0.72, 0.64, 0.2)),
     ]
 
 

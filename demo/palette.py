@@ -103,7 +103,13 @@ def _pencil() -> Tensor:
     out = tones[torch.bucketize(light, torch.tensor([0.38, 0.58, 0.8]))]
     out[FIXED["ink"]] = FIXED["ink"]
     # Lighter than they are, so that they stand out from what is around them.
-    lighter = {"nebula": "pencil_2", "leaves": "pencil_2", "leaves_light": "pencil_1"}
+    lighter = {
+        "nebula": "pencil_2",
+        "leaves": "pencil_2",
+        "leaves_light": "pencil_1",
+        "grass": "paper",
+        "grass_shade": "pencil_1",
+    }
     for color, tone in lighter.items():
         out[FIXED[color]] = FIXED[tone]
     return out

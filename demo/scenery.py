@@ -91,7 +91,7 @@ def _forest(c: _Canvas) -> None:
 def _desert(c: _Canvas) -> None:
     c.paint(c.y < 24, "dusk")
     c.paint((c.y >= 24) & (c.y < 48), "dusk_light")
-    c.paint(circle(c.x, c.y, c.side(48), 24, 9), "sun")
+    c.paint(circle(c.x, c.y, c.side(48 if c.other else 17), 22, 8.5), "sun")
     c.paint(ellipse(c.x, c.y, c.side(14), 46, 34, 14), "dune_far")
     at = 10 if c.other else 56
     c.paint(
