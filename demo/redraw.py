@@ -77,7 +77,7 @@ def _redraw_all(
     for part in torch.arange(count).split(_BATCH):
         n = len(part)
         side = (torch.rand(n, generator=g) < 0.5).long()
-        by_values = (torch.rand(n, generator=g) < 0.5).to(device)
+        by_values = (torch.rand(n, generator=g) < BaseConfig.values_share).to(device)
         t = (FIRST + torch.rand(n, generator=g) * (LAST - FIRST)).long().to(device)
         x = data.latents[side.to(device), part.to(device)].float()
         noise = torch.randn(x.shape, generator=g).to(device)

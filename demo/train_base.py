@@ -39,7 +39,7 @@ log = logging.getLogger("demo.train")
 class BaseConfig:
     """What determines the weights (with the autoencoder): recorded beside them."""
 
-    steps: int = 44000
+    steps: int = 52500
     minutes: float = 0.0
     batch: int = 64
     window: int = 12
@@ -56,7 +56,7 @@ class BaseConfig:
     timesteps: int = TIMESTEPS
     attention_weight: float = 0.25
     named_share: float = 0.15
-    values_share: float = 0.5
+    values_share: float = 0.8
     report_every: int = 500
 
     def progress(self, step: int, seconds: float) -> float:
@@ -90,7 +90,7 @@ def contexts(
     """Encodings (n, tokens, 128) that keys and values come from.
 
     Where a thing is ``named`` (n, 2), the vector of its noun is the name of its look (n, 2, 6). In
-    half of these captions, ``by_values`` (n,), all else reads as if the plain noun stood there: the
+    most of these captions, ``by_values`` (n,), all else reads as if the plain noun stood there: the
     name is told by the values at its own place alone, which is where a concept will speak.
     """
     words = embed_words(networks["text"], rows)

@@ -36,7 +36,7 @@ class SmallAutoencoder(nn.Module):
     (colours, 3) in [-1, 1].
     """
 
-    def __init__(self, fine: int = 64, coarse: int = 128) -> None:
+    def __init__(self, coarse: int = 128, fine: int = 64, finest: int = 48) -> None:
         super().__init__()
         z = LATENT_CHANNELS
         self.encoder = nn.Conv2d(3, z, DOWNSCALE, stride=DOWNSCALE)
@@ -49,9 +49,14 @@ class SmallAutoencoder(nn.Module):
             nn.PixelShuffle(2),
             _Residual(fine),
             _Residual(fine),
+            nn.Conv2d(fine, 4 * finest, 1),
+            nn.PixelShuffle(2),
+            # Which colour and which pixel multiply: what reads pixels out must not be linear on
+            # more of them than it has channels for.
+            _Residual(finest),
             nn.ReLU(),
-            nn.Conv2d(fine, 16 * _FEATURES, 1),
-            nn.PixelShuffle(4),
+            nn.Conv2d(finest, 4 * _FEATURES, 1),
+            nn.PixelShuffle(2),
         )
         self.voter = nn.Linear(_FEATURES, COLORS)
         self.latent_mean: Tensor
