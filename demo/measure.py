@@ -257,7 +257,7 @@ def measure(
     config = TrainingConfig(PLACEHOLDER, superclass_of(SUBJECT), **shared)
     second = TrainingConfig(SECOND_PLACEHOLDER, superclass_of(SECOND), **shared)
     # The vector alone has to carry everything and wants larger steps.
-    inversion = replace(config, mode="textual_inversion", embedding_learning_rate=1.0)
+    inversion = replace(config, mode="textual_inversion", embedding_learning_rate=3.0)
     figures: dict[str, Any] = {"steps": steps}
     trained = time.time()
     concept = load_concept(concept_path) if concept_path else world.train(SUBJECT, config)
