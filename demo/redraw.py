@@ -23,6 +23,9 @@ FIRST, LAST = 100, 690
 """Between these timesteps, of 720, drawing begins."""
 FAITHFUL = 0.1
 """Mean square difference of latents up to which it is still the same picture."""
+FAITHFUL_BACKGROUND = 0.02
+"""And where no thing is. The four walls of plain scenes lie close together: a wall that changed its
+colour differs by 0.07 in the median, one that did not by 0.005."""
 _BATCH = 128
 
 
@@ -65,6 +68,18 @@ def redraw(
     return clean
 
 
+def is_faithful(found: Tensor, latents: Tensor, masks: Tensor) -> Tensor:
+    """Which of the latents ``found`` (n, 24, 8, 8) still show the pictures of ``latents``; (n,).
+
+    ``masks`` (n, 2, 8, 8): where the things are. What no caption tells, such as a wall's colour,
+    the model may change; a decoder that learned from those would take colours for one another.
+    """
+    far = (found - latents).square().mean(1)
+    background = (masks.amax(1) == 0).float()
+    empty = (far * background).sum((1, 2)) / background.sum((1, 2)).clamp(min=1)
+    return (far.mean((1, 2)) < FAITHFUL) & (empty < FAITHFUL_BACKGROUND)
+
+
 @torch.no_grad()
 def _redraw_all(
     networks: nn.ModuleDict, schedule: Tensor, data: Data, chunk: int, count: int, device: str
@@ -91,7 +106,9 @@ def _redraw_all(
         found = redraw(networks, schedule, noised(x, t, schedule, noise)[0], t, said, empty)
         latents.append(found.half().cpu())
         mirrored.append(side > 0)
-        faithful.append(((found - x).square().mean((1, 2, 3)) < FAITHFUL).cpu())
+        masks = data.masks[part.to(device)]
+        masks = torch.where((side > 0).view(-1, 1, 1, 1).to(device), masks.flip(-1), masks)
+        faithful.append(is_faithful(found, x, masks).cpu())
     return torch.cat(latents), torch.cat(mirrored), torch.cat(faithful)
 
 

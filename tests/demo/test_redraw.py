@@ -85,6 +85,18 @@ def test_drawing_from_hardly_any_noise_changes_hardly_anything(
     assert float((found - latents).square().mean()) < 0.01
 
 
+def test_a_wall_of_another_colour_is_another_picture_and_a_thing_with_faults_is_not() -> None:
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 24, 8, 8, generator=g)
+    masks = torch.zeros(3, 2, 8, 8)
+    masks[:, 0, 3:6, 2:5] = 1.0
+    found = latents.clone()
+    found[0] += 0.2 * (masks[0].amax(0) == 0)  # the wall, a little
+    found[1] += 0.5 * masks[1].amax(0)  # the thing, more
+    found[2] += 0.9 * masks[2].amax(0)  # and so much that it is another thing
+    assert redraw.is_faithful(found, latents, masks).tolist() == [False, True, False]
+
+
 def test_a_model_that_learns_on_leaves_no_decoder_of_before(tmp_path: Path) -> None:
     stale = ("drawn-1.pt", "drawn120.pt", "decoder_state.pt", "autoencoder.pt")
     kept = ("base_state.pt", "encoder.pt", "judge.pt", "latents120.pt")
