@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from dev.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+FOR_OWN_FILES = [name for name in TEMPLATES if name.startswith(("09", "10", "11"))]
 
 GRAPH = "async () => (await window.app.graphToPrompt()).output"
 UNKNOWN_NODES = """() => window.app.graph.nodes
-    .filter(node => !window.LiteGraph.registered_node_types[node.type] || node.has_errors)
+    .filter(node => !window.LiteGraph.registered_node_types[node.type])
+    .map(node => node.type)"""
+FRAMED_NODES = """() => window.app.graph.nodes
+    .filter(node => node.has_errors)
+    .map(node => node.type)"""
+NAMING_NO_FILE = """() => window.app.graph.nodes
+    .filter(node => node.widgets?.some(widget => widget.type === "combo"
+        && Array.isArray(widget.options?.values) && !widget.options.values.includes(widget.value)))
     .map(node => node.type)"""
 SAVED_PICTURE = """() => window.app.graph.nodes
     .filter(node => node.type === "SaveImage" && node.imgs?.length)
@@ -71,8 +80,19 @@ def test_a_template_opens_without_warnings_and_is_its_api_workflow(
     open_template(page, name)
     assert page.evaluate(UNKNOWN_NODES) == []
     expect(page.get_by_role("dialog")).to_be_hidden()
-    expect(page.locator(".p-toast-message")).to_have_count(0)
-    assert complaints.found == [], "\n".join(complaints.found)
+    # Templates for one's own photos name files that a machine may not have; the interface may
+    # frame those nodes, and only those. A concept that is not there is spoken of as well.
+    missing = set(page.evaluate(NAMING_NO_FILE))
+    assert set(page.evaluate(FRAMED_NODES)) <= missing
+    assert not missing or name in FOR_OWN_FILES
+    if "PerfusionLoadConcept" in missing:
+        expect(page.locator(".p-toast-message")).to_have_text(re.compile("is not in models/"))
+        assert [text.split("?")[0].split("/api/")[-1] for text in complaints.found] == [
+            "view_metadata/perfusion"
+        ]
+    else:
+        expect(page.locator(".p-toast-message")).to_have_count(0)
+        assert complaints.found == [], "\n".join(complaints.found)
     api = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     assert inputs_only(page.evaluate(GRAPH)) == inputs_only(api)
 
