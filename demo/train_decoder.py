@@ -26,7 +26,7 @@ HELD_OUT = 512
 class DecoderConfig:
     """What determines the decoder's weights, with those of the model that draws."""
 
-    steps: int = 20000
+    steps: int = 26000
     batch: int = 64
     chunks: int = 8
     first_chunk: int = 120
