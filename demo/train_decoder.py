@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder
+from comfyui_perfusion.demo.model.small_autoencoder import SmallAutoencoder, color_prior
 from torch import Tensor, nn
 
 from .muon import Muon, split_parameters
@@ -26,7 +26,7 @@ HELD_OUT = 512
 class DecoderConfig:
     """What determines the decoder's weights, with those of the model that draws."""
 
-    steps: int = 26000
+    steps: int = 31000
     batch: int = 64
     chunks: int = 8
     first_chunk: int = 120
@@ -35,6 +35,7 @@ class DecoderConfig:
     encoded_share: float = 0.25
     shifted_share: float = 0.3
     pixels: int = 512
+    prior_pixels: int = 384
 
 
 class _Trainer:
@@ -112,6 +113,10 @@ class _Trainer:
             where = odds.topk(config.pixels, 1, sorted=False).indices
             chosen = features.gather(1, where[..., None].expand(-1, -1, features.shape[-1]))
             votes = self.model.voter(chosen).float()
+            with torch.no_grad():  # what the whole picture says, from pixels of all of it
+                anywhere = torch.randperm(64 * 64, generator=g)[: config.prior_pixels]
+                prior = color_prior(self.model.voter(features[:, anywhere.to(self.device)]).float())
+        votes = votes + prior
         right = wanted.flatten(1).gather(1, where).long()
         loss = F.cross_entropy(votes.flatten(0, 1), right.flatten())
         for optimiser, rate in self.optimisers:
@@ -135,7 +140,7 @@ class _Trainer:
 def wrong_pixels(model: SmallAutoencoder, drawn: Drawn, latents: Tensor) -> float:
     """Share of pixels of ``drawn`` whose colour the decoder gets wrong from ``latents``."""
     wrong = [
-        model.voter(model.features(z.float()).permute(0, 2, 3, 1)).argmax(-1) != pictures
+        model.votes(z.float()).argmax(-1) != pictures
         for z, pictures in zip(latents.split(64), drawn.pictures.split(64), strict=True)
     ]
     return float(torch.cat(wrong).float().mean())

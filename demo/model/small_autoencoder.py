@@ -1,7 +1,8 @@
 """The autoencoder of the small world: 64x64x3 pictures to 8x8x24 latents and back.
 
 It reads any picture but draws in a fixed palette: the decoder ends in one vote per palette colour
-and pixel, so what it draws has flat areas and crisp edges however vague the latents are.
+and pixel, so what it draws has flat areas and crisp edges however vague the latents are. A picture
+uses few of the palette's colours, so where its pixels are in doubt they follow the others.
 """
 
 import torch
@@ -12,6 +13,9 @@ DOWNSCALE = 8
 COLORS = 87
 """Colours of the palette; the weights say which."""
 _SHARPNESS = 2.0
+_ROUNDS = 4
+_RAREST = 1e-4
+"""Share of a picture that no colour is taken to fall below."""
 _FEATURES = 24
 
 
@@ -24,6 +28,20 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(nn.functional.relu(self.conv1(self.norm(x))))
+
+
+def color_prior(votes: Tensor) -> Tensor:
+    """Log share of each colour in each picture, (B, 1, colours), from votes (B, pixels, colours).
+
+    The maximum-likelihood estimate of class priors by expectation and maximisation (Saerens,
+    Latinne and Decaestecker 2002, equation 2.8): what is added to the votes of single pixels to
+    read them in the light of the whole picture.
+    """
+    prior = torch.zeros_like(votes[:, :1])
+    for _ in range(_ROUNDS):
+        shares = (votes + prior).softmax(-1).mean(1, keepdim=True)
+        prior = (shares + _RAREST).log()
+    return prior
 
 
 class SmallAutoencoder(nn.Module):
@@ -74,8 +92,12 @@ class SmallAutoencoder(nn.Module):
         """Latents (B, 24, h, w) to what each pixel's colour is told by, (B, 24, 8h, 8w)."""
         return self.decoder(z)
 
+    def votes(self, z: Tensor) -> Tensor:
+        """Latents (B, 24, h, w) to votes for every pixel's colour, (B, 8h, 8w, colours)."""
+        votes = self.voter(self.features(z).permute(0, 2, 3, 1))
+        return votes + color_prior(votes.flatten(1, 2))[:, None]
+
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, 24, h, w) to pictures (B, 3, 8h, 8w) in [-1, 1]."""
-        votes = self.voter(self.features(z).permute(0, 2, 3, 1))
-        shares = (votes * _SHARPNESS).softmax(-1)
+        shares = (self.votes(z) * _SHARPNESS).softmax(-1)
         return (shares @ self.palette.to(shares.dtype)).permute(0, 3, 1, 2)

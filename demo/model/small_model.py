@@ -13,7 +13,7 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
-from .small_autoencoder import DOWNSCALE, LATENT_CHANNELS, SmallAutoencoder
+from .small_autoencoder import COLORS, DOWNSCALE, LATENT_CHANNELS, SmallAutoencoder
 
 TEXT_CONFIG = {
     "num_hidden_layers": 3,
@@ -160,8 +160,9 @@ def _make_vae(weights: Mapping[str, Tensor]) -> comfy.sd.VAE:
     vae.first_stage_model = model.to(vae.vae_dtype)
     vae.latent_channels = LATENT_CHANNELS
     vae.downscale_ratio = vae.upscale_ratio = DOWNSCALE
-    scale = 64 * 4
-    vae.memory_used_encode = lambda shape, dtype: scale * shape[2] * shape[3]
+    vae.memory_used_encode = lambda shape, dtype: 64 * 4 * shape[2] * shape[3]
+    # Three or four maps of votes and shares at a time.
+    scale = 4 * 4 * COLORS
     vae.memory_used_decode = lambda shape, dtype: scale * DOWNSCALE**2 * shape[2] * shape[3]
     vae.patcher = comfy.model_patcher.CoreModelPatcher(
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
