@@ -12,6 +12,7 @@ from .client import Client, Prompt, Run
 from .comfyui import Host
 from .prepare import Layout, make_server, prepare
 from .report import Failure, progress, say
+from .threads import PATIENT
 
 WORKFLOW = Path("workflows") / "api" / "train_and_use.json"
 PAINTERS = ("KSampler", "VAEDecode")  # what a picture's time is made of
@@ -112,7 +113,7 @@ def measure(host: Host, layout: Layout, output: Path, concept: Path, steps: int)
     say("Measuring (trains two more concepts for comparison)")
     command = [str(host.python), "-m", "demo.measure", "--output", str(output)]
     command += ["--concept", str(concept), "--steps", str(steps)]
-    environment = {**os.environ, "COMFYUI_PATH": str(host.comfyui)}
+    environment = {**PATIENT, **os.environ, "COMFYUI_PATH": str(host.comfyui)}
     status = subprocess.run(command, cwd=layout.root, env=environment).returncode
     if status != 0:
         raise Failure(f"demo.measure failed with status {status}; what it printed is above.")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .prepare import Layout, prepare
 from .report import say
+from .threads import PATIENT
 
 # Sums in another order than on most machines of today: no wide vectors, and more threads.
 FOREIGN = {
@@ -17,10 +18,7 @@ FOREIGN = {
     "OMP_NUM_THREADS": "4",
     "MKL_NUM_THREADS": "4",
     "MKL_DYNAMIC": "FALSE",  # else as many as there are cores
-    # Four threads on two cores must not wait for each other by spinning.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
-    "KMP_BLOCKTIME": "0",
+    **PATIENT,  # four threads on two cores
 }
 MARKER = "numeric"  # set by tests/conftest.py
 NOTHING_COLLECTED = 5  # pytest's status
