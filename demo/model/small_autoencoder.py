@@ -15,7 +15,7 @@ COLORS = 87
 _SHARPNESS = 2.0
 _ROUNDS = 4
 _RAREST = 1e-4
-"""Share of a picture that no colour is taken to fall below."""
+"""Added to the share of every colour in a picture."""
 _FEATURES = 24
 
 
@@ -34,7 +34,7 @@ def color_prior(votes: Tensor) -> Tensor:
     """Log share of each colour in each picture, (B, 1, colours), from votes (B, pixels, colours).
 
     The maximum-likelihood estimate of class priors by expectation and maximisation (Saerens,
-    Latinne and Decaestecker 2002, equation 2.8): what is added to the votes of single pixels to
+    Latinne and Decaestecker 2002): what is added to the votes of single pixels to
     read them in the light of the whole picture.
     """
     prior = torch.zeros_like(votes[:, :1])
