@@ -15,7 +15,7 @@ from comfy.model_sampling import ModelSamplingDiscrete
 from torch import Tensor
 
 from ...perfusion.concept.concept import Concept
-from ...perfusion.gated.rank_one import Basis, Direction, combine
+from ...perfusion.gated.rank_one import Basis
 from ..models.blocks import layers_in
 
 Acting = tuple[int, ...]
@@ -36,17 +36,17 @@ class Agenda:
     """The schedules of some concepts over the layers of a model.
 
     Layers in which the same concepts may act form a group; at each moment a group's `Acting` is
-    what is left of them. What is compared with the prompts is the ``direction`` of each.
+    what is left of them. What is compared with the prompts ``together`` makes of those that act.
     """
 
     def __init__(
         self,
         concepts: Sequence[Concept],
         layers: Sequence[str],
-        direction: Callable[[Concept], Direction],
+        together: Callable[[Sequence[Concept]], Basis],
     ) -> None:
         self.concepts = tuple(concepts)
-        self._direction = direction
+        self._together = together
         where = [
             frozenset(layers) if c.schedule is None else layers_in(c.schedule.blocks, layers)
             for c in concepts
@@ -72,7 +72,7 @@ class Agenda:
             ValueError: for concepts that cannot act together.
         """
         if acting not in self._bases:
-            basis = combine([self._direction(self.concepts[at]) for at in acting])
+            basis = self._together([self.concepts[at] for at in acting])
             self._bases[acting] = basis.to(torch.device("cpu"), torch.float32)
         return self._bases[acting]
 

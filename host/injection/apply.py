@@ -9,7 +9,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ...perfusion.concept.concept import Concept
-from ...perfusion.gated.rank_one import Direction
+from ...perfusion.gated.rank_one import Basis, combine
+from ...perfusion.gated.twin_lock import combine_twins
 from ..interface.messages import warn
 from ..models.families import Family, check_clip, cross_attentions, family_named, family_of
 from ..text.placeholders import PlaceholderError, with_placeholders
@@ -60,10 +61,12 @@ def apply_concepts(
         patched.set_attachments(_LOCK, key_lock)
     twin_lock = key_lock == "twin"
 
-    def direction(concept: Concept) -> Direction:
-        return concept.twin_direction(family.parts) if twin_lock else concept.direction()
+    def together(acting: Sequence[Concept]) -> Basis:
+        if twin_lock:
+            return combine_twins([concept.twin_direction(family.parts) for concept in acting])
+        return combine([concept.direction() for concept in acting])
 
-    agenda = Agenda(active, [layer.name for layer in cross_attentions(model.model)], direction)
+    agenda = Agenda(active, [layer.name for layer in cross_attentions(model.model)], together)
     set_injection(patched, ConceptInjection(agenda, key_lock) if active else None)
     return patched, with_twins(with_placeholders(clip, concepts, twin_lock), concepts, twin_lock)
 

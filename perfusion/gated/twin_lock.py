@@ -3,9 +3,12 @@
 The *twin* ``t`` of a prompt has the superclass words where the prompt ``e`` has placeholders. The
 model is conditioned on ``t``; from ``e`` come the similarities alone, and with them the gates.
 A concept is recognised by what its word changes, ``d = i - i_superclass``: i and the superclass's
-encoding are nearly parallel, and what the place in a sentence does to both is not in ``e - t``::
+encoding are nearly parallel, and what the place in a sentence does to both is not in ``e - t``.
+Of several concepts, s says how much of each change is in ``e - t`` (least squares): where the d
+are not at right angles, one concept's word would open the gates of the others, too::
 
-    s_c = (e - t) . d_c / |d_c|^2
+    s_c = (e - t) . d_c / |d_c|^2                 for one concept
+    s   = argmin_s |e - t - sum_c s_c d_c|        for several (of different strengths: `strengths`)
     g_c = sigmoid((s_c - bias_c) / temperature_c), and 0 at every token where e equals t
     a_c = w_c g_c / max(1, sum_b min(w_b, 1) g_b)
     K:  h = W_K t                   V:  h = W_V (1 - sum_c a_c) t + sum_c a_c o_c
@@ -21,7 +24,7 @@ so a prompt without a placeholder gives bit for bit what it gives without concep
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn, sigmoid
@@ -97,13 +100,30 @@ def twin_direction(
     return Direction(change, dual, gate, name)
 
 
+def combine_twins(directions: Sequence[Direction]) -> Basis:
+    """The directions of `twin_direction` combined, in fp64 on the CPU, as `twin_gates` needs them.
+
+    Their duals are those of all of them together: at the change that one concept's word makes, the
+    similarity of every other concept is 0. Of different strengths, by the rule of `strengths`.
+
+    Raises:
+        ValueError: as `combine` does.
+    """
+    basis = combine(directions)
+    if len(directions) == 1:
+        return basis
+    # What a strength of 0 leaves out has no column in the mix, and its gate is multiplied by 0.
+    strength = torch.where(basis.strength == 0, 1, basis.strength)
+    return replace(basis, duals=(basis.mix / strength).mT @ basis.duals)
+
+
 def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] | Basis) -> Tensor:
     """The gates a (..., N, k) of every token, already multiplied by the strengths.
 
     Args:
         encodings: e (..., N, D), of the prompts with placeholders.
         twin: t (..., N, D), of the prompts with superclass words.
-        directions: those of `twin_direction`, or what `combine` made of them.
+        directions: those of `twin_direction`, or what `combine_twins` made of them.
 
     Returns:
         a in fp32 (fp64 for fp64 encodings).
@@ -116,7 +136,7 @@ def twin_gates(encodings: Tensor, twin: Tensor, directions: Sequence[Direction] 
             f"expected a prompt and its twin of one shape, found {tuple(encodings.shape)} and "
             f"{tuple(twin.shape)}; encode both with as many tokens"
         )
-    basis = directions if isinstance(directions, Basis) else combine(directions)
+    basis = directions if isinstance(directions, Basis) else combine_twins(directions)
     similarity = twin_similarities(encodings, twin, basis)
     return open_twin_gates(similarity, named_tokens(encodings, twin), basis)
 

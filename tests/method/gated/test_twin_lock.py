@@ -10,6 +10,7 @@ from perfusion.gated.gate import Gate
 from perfusion.gated.rank_one import Direction, combine
 from perfusion.gated.twin_lock import (
     TwinProjections,
+    combine_twins,
     twin_direction,
     twin_gates,
     twin_inputs,
@@ -73,6 +74,44 @@ def test_an_open_gate_gives_the_output_and_a_shut_one_the_twin(random):
     torch.testing.assert_close(found, twin @ weight.mT)
 
 
+def similarities_by_hand(directions: list[Direction], change: Tensor) -> Tensor:
+    """What of a change (D,) each concept's word explains, averaged over the levels of strength."""
+    found = torch.zeros(len(directions), dtype=torch.float64)
+    below = 0.0
+    for level in sorted({d.gate.strength for d in directions}):
+        chosen = [at for at, d in enumerate(directions) if d.gate.strength >= level]
+        mixed = torch.stack([directions[at].i for at in chosen], dim=-1)
+        duals = torch.stack([directions[at].u for at in chosen])
+        for at, s in zip(chosen, torch.linalg.solve(duals @ mixed, duals @ change), strict=True):
+            found[at] += (level - below) / directions[at].gate.strength * s
+        below = level
+    return found
+
+
+def test_a_concepts_word_opens_no_other_concepts_gate_however_alike_the_changes(random):
+    first, second = normal(random, 2, WIDTH)
+    alike = first + 0.5 * second
+    change = [twin_direction(i, 0 * i, Gate(0.5, 0.01), f"<{i[0]}>") for i in (first, alike)]
+    twin = normal(random, 1, 3, WIDTH)
+    encodings = twin.clone()
+    encodings[0, 1] += first
+    encodings[0, 2] += alike
+    gates = twin_gates(encodings, twin, change)[0]
+    torch.testing.assert_close(gates, torch.tensor([[0, 0], [1, 0], [0, 1.0]]).to(gates))
+    # By itself each would have opened at the word of the other.
+    apart = [twin_gates(encodings, twin, [each])[0, 1:, 0] for each in change]
+    assert all((gate > 0.9).all() for gate in apart)
+
+
+def test_one_concept_is_compared_as_before_to_the_last_bit(random):
+    (only,) = concepts(random, Gate(0.5, 0.2, 0.7))
+    encodings, twin = prompts(random, [only])
+    assert torch.equal(combine_twins([only]).duals, combine([only]).duals)
+    assert torch.equal(
+        twin_gates(encodings, twin, [only]), twin_gates(encodings, twin, combine([only]))
+    )
+
+
 def test_the_formula_is_the_one_written_down(random):
     gates = Gate(0.4, 0.3), Gate(0.7, 0.2, 0.6), Gate(0.1, 0.5, 1.5)
     directions = concepts(random, *gates)
@@ -83,10 +122,10 @@ def test_the_formula_is_the_one_written_down(random):
     for row in range(2):
         for at in range(TOKENS):
             e, t = encodings[row, at], twin[row, at]
+            s = similarities_by_hand(directions, e - t)
             g = [
-                torch.sigmoid(((d.u @ (e - t)) / (d.u @ d.i) - d.gate.bias) / d.gate.temperature)
-                * float(bool((e != t).any()))
-                for d in directions
+                torch.sigmoid((x - d.gate.bias) / d.gate.temperature) * float(bool((e != t).any()))
+                for x, d in zip(s, directions, strict=True)
             ]
             over = max(
                 1.0,
@@ -135,7 +174,7 @@ def test_the_value_for_training_is_the_pure_function(random):
     directions = concepts(random, Gate(0.6, 0.2), Gate(0.5, 0.1))
     encodings, twin = prompts(random, directions)
     weight, outputs = normal(random, FEATURES, WIDTH), normal(random, 2, FEATURES)
-    gates = twin_gates(encodings, twin, combine(directions))
+    gates = twin_gates(encodings, twin, combine_twins(directions))
     made = TwinProjections(twin, twin_inputs(twin, gates), gates, {"a.attn2": outputs})
 
     def linear(x: Tensor) -> Tensor:
