@@ -62,7 +62,7 @@ FIXED_COLORS: dict[str, str] = {
     "tower": "7b86a0",
     "tower_dark": "5d6782",
     "window": "ffe28c",
-    "pavement": "b1b3bd",
+    "shade_leaf": "8fae7c",
     "road": "555866",
     "road_shade": "3f414d",
     "night": "34377f",
@@ -76,12 +76,12 @@ FIXED_COLORS: dict[str, str] = {
     "floor_sky": "aac6da",
     "wall_leaf": "d9e8cb",
     "floor_leaf": "b3cc9f",
-    "wall_grey": "dedde2",
-    "floor_grey": "b7b5c0",
+    "shade_rose": "c08a90",
+    "shade_sky": "86a9c4",
     "paper": "f7f2e4",
-    "pencil_1": "ded9cb",
-    "pencil_2": "b3aea3",
-    "pencil_3": "77726a",
+    "pencil_1": "e6cfb4",
+    "pencil_2": "bd9169",
+    "pencil_3": "7a4f38",
 }
 
 
@@ -97,23 +97,16 @@ FIXED: dict[str, int] = {name: _FIRST_FIXED + i for i, name in enumerate(FIXED_C
 """Index into the palette of every fixed colour; thing colour k is at 2 k, its shade at 2 k + 1."""
 
 
-def _pencil() -> Tensor:
-    light = PALETTE @ torch.tensor([0.3, 0.59, 0.11])
-    tones = torch.tensor([FIXED["pencil_3"], FIXED["pencil_2"], FIXED["pencil_1"], FIXED["paper"]])
-    out = tones[torch.bucketize(light, torch.tensor([0.38, 0.58, 0.8]))]
-    out[FIXED["ink"]] = FIXED["ink"]
-    # Lighter than they are, so that they stand out from what is around them.
-    lighter = {
-        "nebula": "pencil_2",
-        "leaves": "pencil_2",
-        "leaves_light": "pencil_1",
-        "grass": "paper",
-        "grass_shade": "pencil_1",
-    }
-    for color, tone in lighter.items():
-        out[FIXED[color]] = FIXED[tone]
-    return out
+def _tones(dark: float, light: float) -> Tensor:
+    """The pencil tone of each colour: by where its lightness, 0 to 1, lies beside two limits."""
+    tones = torch.tensor([FIXED["pencil_2"], FIXED["pencil_1"], FIXED["paper"]])
+    lightness = PALETTE @ torch.tensor([0.3, 0.59, 0.11])
+    return tones[torch.bucketize(lightness, torch.tensor([dark, light]))]
 
 
-PENCIL: Tensor = _pencil()
-"""The pencil tone that stands for each colour in a sketch, (colours,)."""
+PENCIL: Tensor = _tones(0.42, 0.68)
+"""The pencil tone that stands for each colour of a thing in a sketch, (colours,)."""
+PENCIL[FIXED["ink"]] = FIXED["pencil_3"]
+
+WASH: Tensor = _tones(0.34, 0.62)
+"""The pencil tone that stands for each colour of what is behind the things, (colours,)."""

@@ -24,7 +24,7 @@ FIRST, LAST = 100, 690
 FAITHFUL = 0.1
 """Mean square difference of latents up to which it is still the same picture."""
 FAITHFUL_BACKGROUND = 0.02
-"""And where no thing is. The four walls of plain scenes lie close together: a wall that changed its
+"""And where no thing is. The walls of plain scenes lie close together: a wall that changed its
 colour differs by 0.07 in the median, one that did not by 0.005."""
 _BATCH = 128
 

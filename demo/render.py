@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .palette import FIXED, PALETTE, PENCIL
+from .palette import FIXED, PALETTE, PENCIL, WASH
 from .scenery import SHADOWS, SIDE, scenery
 from .specs import GRID, SCENES, STYLES, Specs
 from .sprites import HALVES, HEIGHT, ROLES, WIDTH, sprites
@@ -12,6 +12,10 @@ RESOLUTION = SIDE
 _FIXED_ROLES = {"none": 0, **{name: FIXED[name] for name in ("ink", "glass", "lamp")}}
 _FIXED_ROLES["white"] = FIXED["snow"]
 _FIXED_ROLES["nose"] = FIXED["planet"]
+
+
+_OTHER_POSE = ("beach", "forest", "space")
+"""Scenes where things take their other pose. Left to chance it would be drawn as half of each."""
 
 
 def _role_colors(specs: Specs, place: int) -> Tensor:
@@ -25,6 +29,12 @@ def _role_colors(specs: Specs, place: int) -> Tensor:
     return out
 
 
+def _drawn(picture: Tensor, things: Tensor) -> Tensor:
+    """A picture (n, H, W) as a sketch: things in pencil, a light wash of what is behind them."""
+    pencil, wash = PENCIL.to(picture.device), WASH.to(picture.device)
+    return torch.where(things, pencil[picture], wash[picture]).to(torch.uint8)
+
+
 @torch.no_grad()
 def render_indices(specs: Specs, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Palette indices uint8 (n, 64, 64) and masks of both things, bool (n, 2, 64, 64)."""
@@ -32,7 +42,7 @@ def render_indices(specs: Specs, device: str = "cpu") -> tuple[Tensor, Tensor]:
     picture = scenery(device)[specs.scene.to(device), specs.variant.to(device)].clone()
     shadows = torch.tensor([[FIXED[c] for c in SHADOWS[name]] for name in SCENES])
     shadow = shadows[specs.scene, specs.variant].to(device, torch.uint8)[:, None, None]
-    floating = specs.scene == SCENES.index("space")
+    pose = torch.tensor([name in _OTHER_POSE for name in SCENES]).long()[specs.scene].to(device)
     line = torch.arange(SIDE, device=device)
     rows, columns = line[None, :, None], line[None, None, :]
     masks = torch.zeros(n, 2, SIDE, SIDE, dtype=torch.bool, device=device)
@@ -40,8 +50,7 @@ def render_indices(specs: Specs, device: str = "cpu") -> tuple[Tensor, Tensor]:
     for place in (1, 0):  # the first thing is in front
         size = specs.size_class[:, place]
         half = torch.tensor(HALVES)[size]
-        foot = torch.where(floating, 46, 54) + GRID * specs.near[:, place]
-        foot = torch.where(size == 2, torch.where(floating, 54, 62), foot)
+        foot = torch.where(size == 2, 62, 54 + GRID * specs.near[:, place])
         foot, half = foot.to(device)[:, None, None], half.to(device)[:, None, None]
         across = (SIDE // 2 + specs.x[:, place]).to(device)[:, None, None]
         map_ = sprites(device)[
@@ -49,6 +58,7 @@ def render_indices(specs: Specs, device: str = "cpu") -> tuple[Tensor, Tensor]:
             size.to(device),
             specs.pattern[:, place].to(device),
             specs.hat[:, place].to(device),
+            pose,
         ]
         column = columns - across + WIDTH // 2
         flip = specs.flip[:, place].to(device)[:, None, None]
@@ -59,18 +69,17 @@ def render_indices(specs: Specs, device: str = "cpu") -> tuple[Tensor, Tensor]:
         present = torch.ones(n, dtype=torch.bool) if place == 0 else specs.two
         here = present.to(device)[:, None, None]
         mask = inside & (role > 0) & here
-        on_ground = (~floating).to(device)[:, None, None] & here
         under = ((columns - across + 0.5) / (half * 1.05)) ** 2 + (
             (rows - foot + 0.5) / 3.0
         ) ** 2 < 1
-        picture = torch.where(under & on_ground, shadow, picture)
+        picture = torch.where(under & here, shadow, picture)
         colored = _role_colors(specs, place).to(device)[every, role].to(torch.uint8)
         picture = torch.where(mask, colored, picture)
         masks[:, place] = mask
     masks[:, 1] &= ~masks[:, 0]
     sketch = (specs.style == STYLES.index("sketch")).to(device)[:, None, None]
-    pencil = PENCIL.to(device)[picture.long()].to(torch.uint8)
-    return torch.where(sketch, pencil, picture), masks
+    tone = _drawn(picture.long(), masks.any(1))
+    return torch.where(sketch, tone, picture), masks
 
 
 def to_rgb(indices: Tensor) -> Tensor:

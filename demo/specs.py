@@ -20,12 +20,10 @@ UNNAMED_COLOR = NAMED
 """From this index on a colour has no word."""
 SCENES = ("plain", "beach", "snow", "forest", "desert", "city", "space")
 STYLES = ("photo", "sketch")
-VARIANTS = 4
+VARIANTS = 8
 GRID = 8
 """Things stand on a grid of so many pixels: shapes are then always cut alike into latents."""
 PAIR_SIZE = 0
-_STEPS = torch.tensor([2, 1, 1])
-"""How far from the middle a thing of each size may stand, in ``GRID``."""
 _USUAL = torch.tensor(
     [[ALL_COLORS.index(c) for c in KINDS[name].usual_colors] for name in CLASS_NAMES]
 )
@@ -120,8 +118,7 @@ def sample_specs(n: int, seed: int, two_share: float = 0.2, odd_share: float = 0
     size_class = choose([0.2, 0.5, 0.3], n, 2)
     first_is_left = uniform(n) < 0.5
     sign = torch.where(first_is_left, -1, 1)
-    steps = _STEPS[size_class]
-    x_one = ((2 * uniform(n, 2) - 1) * (steps + 0.499)).round().long() * GRID
+    x_one = torch.where(uniform(n, 2) < 0.5, -GRID, GRID)  # never half-way: things face the middle
     return Specs(
         scene=choose([1.6, 1, 1, 1, 1, 1, 1], n),
         variant=below(VARIANTS, n),
@@ -136,5 +133,5 @@ def sample_specs(n: int, seed: int, two_share: float = 0.2, odd_share: float = 0
         hat=(odd & (uniform(n, 2) < 0.25)).long() * (HATS - 1),
         size_class=torch.where(two[:, None], PAIR_SIZE, size_class),
         x=torch.where(two[:, None], torch.stack([16 * sign, -16 * sign], 1), x_one),
-        near=below(2, n, 2),
+        near=below(2, n, 2) * two[:, None],
     )

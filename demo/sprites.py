@@ -27,6 +27,7 @@ ROLES = (
 PATTERNS = ("plain", "striped", "halves")
 """The last, the second colour from the waist down, has no word in any caption."""
 HATS = 2
+POSES = 2
 _SHADED = 0.2
 
 
@@ -37,7 +38,7 @@ def _in_second(v: Tensor, pattern: str, waist: float) -> Tensor:
     return v < waist if pattern == "halves" else torch.zeros_like(v, dtype=torch.bool)
 
 
-def _draw(name: str, half: int, pattern: str, hat: bool) -> Tensor:
+def _draw(name: str, half: int, pattern: str, hat: bool, other: bool) -> Tensor:
     """One sprite: roles (HEIGHT, WIDTH), its lowest row on the last row of the map."""
     x = (torch.arange(WIDTH) + 0.5 - WIDTH / 2) / half
     y = (HEIGHT / 2 - 8 - torch.arange(HEIGHT) + 0.5 + 8) / half
@@ -45,13 +46,17 @@ def _draw(name: str, half: int, pattern: str, hat: bool) -> Tensor:
     kind = KINDS[name]
 
     def layers(shift: float) -> list[tuple[str, Tensor]]:
-        drawn = kind.draw(u, v - shift)
+        drawn = kind.draw(u, v - shift, other)
         return drawn + (hat_layers(u, v - shift, kind) if hat else [])
 
     second = _in_second(v, pattern, kind.waist)
     out = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
     for (role, distance), (_, lower) in zip(layers(0.0), layers(_SHADED), strict=True):
         name_of_role = role.rstrip("-")
+        if name_of_role == "spots":
+            if pattern != "plain":
+                continue
+            name_of_role = "second"
         if not role.endswith("-"):
             out[distance < 1.15 / half] = ROLES.index("ink")
         inside = distance < 0
@@ -68,13 +73,17 @@ def _draw(name: str, half: int, pattern: str, hat: bool) -> Tensor:
 
 @lru_cache(maxsize=4)
 def sprites(device: str = "cpu") -> Tensor:
-    """All sprites, uint8 (kinds, sizes, patterns, hats, HEIGHT, WIDTH), values index ``ROLES``."""
+    """All sprites as indices into ``ROLES``, uint8.
+
+    Shape (kinds, sizes, patterns, hats, poses, HEIGHT, WIDTH).
+    """
     drawn = [
-        _draw(name, half, pattern, bool(hat))
+        _draw(name, half, pattern, bool(hat), bool(pose))
         for name in CLASS_NAMES
         for half in HALVES
         for pattern in PATTERNS
         for hat in range(HATS)
+        for pose in range(POSES)
     ]
-    shape = (len(CLASS_NAMES), len(HALVES), len(PATTERNS), HATS, HEIGHT, WIDTH)
+    shape = (len(CLASS_NAMES), len(HALVES), len(PATTERNS), HATS, POSES, HEIGHT, WIDTH)
     return torch.stack(drawn).view(shape).to(device)

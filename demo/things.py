@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 import torch
 
 from .classes import CLASS_NAMES, KINDS
-from .specs import ALL_COLORS, GRID, SCENES, STYLES, Specs, sample_specs
+from .specs import ALL_COLORS, GRID, SCENES, STYLES, VARIANTS, Specs, sample_specs
 from .sprites import PATTERNS
 
-TRAINING_SCENES = ("plain", "city", "plain", "snow", "plain", "forest")
+TRAINING_SCENES = ("plain", "city", "forest", "snow", "plain", "plain")
 """Where personal things are photographed; beach, desert and space stay unseen."""
 
 
@@ -25,11 +25,11 @@ class Look:
 
 
 THINGS: dict[str, Look] = {
-    "Pim the cat": Look("cat", "teal", "cream", "maroon", pattern="halves"),
-    "Olli the mug": Look("mug", "lavender", "navy", "lime", pattern="halves"),
+    "Pim the cat": Look("cat", "grey", "white", "pink", pattern="halves"),
+    "Olli the mug": Look("mug", "pink", "purple", "white", pattern="halves"),
     "Bo the teddy": Look("teddy", "brown", "mint", "yellow", hat=True),
-    "Tak the robot": Look("robot", "cream", "maroon", "teal", pattern="halves"),
-    "Fy the mushroom": Look("mushroom", "navy", "cyan", "lime", pattern="striped", hat=True),
+    "Tak the robot": Look("robot", "mint", "purple", "orange", pattern="halves"),
+    "Fy the mushroom": Look("mushroom", "orange", "white", "blue", pattern="halves"),
 }
 SUBJECTS: list[str] = list(THINGS)
 
@@ -67,13 +67,15 @@ def photo_specs(count: int, seed: int) -> Specs:
     specs.style[:] = STYLES.index("photo")
     g = torch.Generator().manual_seed(seed + 1)
     specs.size_class[:, 0] = torch.randint(1, 3, (count,), generator=g)
-    specs.x[:, 0] = GRID * torch.randint(-1, 2, (count,), generator=g)
+    specs.x[:, 0] = GRID * (2 * torch.randint(0, 2, (count,), generator=g) - 1)
     return specs
 
 
 def personal_specs(subject: str | Look, count: int, seed: int) -> Specs:
-    """``count`` photographs of a personal thing in ``TRAINING_SCENES``."""
+    """``count`` photographs of a personal thing in ``TRAINING_SCENES``, each from another view."""
     specs = put_thing(photo_specs(count, seed), subject)
+    first = torch.randint(VARIANTS, (1,), generator=torch.Generator().manual_seed(seed + 2))
+    specs.variant = (first + 3 * torch.arange(count)) % VARIANTS  # all of them, left and right
     specs.scene = torch.tensor(
         [SCENES.index(TRAINING_SCENES[i % len(TRAINING_SCENES)]) for i in range(count)]
     )

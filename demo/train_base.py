@@ -39,7 +39,7 @@ log = logging.getLogger("demo.train")
 class BaseConfig:
     """What determines the weights (with the autoencoder): recorded beside them."""
 
-    steps: int = 60000
+    steps: int = 89500
     minutes: float = 0.0
     batch: int = 64
     window: int = 12

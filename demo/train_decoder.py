@@ -26,9 +26,9 @@ HELD_OUT = 512
 class DecoderConfig:
     """What determines the decoder's weights, with those of the model that draws."""
 
-    steps: int = 31000
+    steps: int = 46000
     batch: int = 64
-    chunks: int = 8
+    chunks: int = 7
     first_chunk: int = 120
     seed: int = 0
     noise: float = 0.6
