@@ -26,10 +26,10 @@ class Look:
 
 THINGS: dict[str, Look] = {
     "Pim the cat": Look("cat", "teal", "cream", "teal", pattern="halves"),
-    "Olli the mug": Look("mug", "yellow", "blue", "red", pattern="halves"),
+    "Olli the mug": Look("mug", "cream", "blue", "red", pattern="halves"),
     "Bo the teddy": Look("teddy", "brown", "mint", "yellow", hat=True),
     "Tak the robot": Look("robot", "mint", "purple", "orange", pattern="halves"),
-    "Fy the mushroom": Look("mushroom", "red", "yellow", "blue", pattern="halves"),
+    "Fy the mushroom": Look("mushroom", "lime", "blue", "yellow", pattern="halves"),
 }
 SUBJECTS: list[str] = list(THINGS)
 
