@@ -62,7 +62,7 @@ NEW_COLORS = {
     "mushroom": "blue",
 }
 SOURCE = "a photo of a {}"
-CARRIED = "words only, carry 0.7, prior 30"
+CARRIED = "words only, carry 0.3, prior 30"
 RELATED = ("a {} on the beach", "a {} in the snow", "a photo of a {} in the city", "a small {}")
 ERASED_SETS = {
     1: (("mug",), ()),
@@ -81,7 +81,7 @@ def time_table(world: World, kinds: Sequence[str], seeds: int) -> tuple[list[dic
     ways = {
         "unedited (baseline)": None,
         "TIME": {"carry": 0.0, "with_padding": True},
-        CARRIED: {"carry": 0.7, "with_padding": False},
+        CARRIED: {"carry": 0.3, "with_padding": False},
         "UCE vector": "uce",
         "destination prompt (oracle)": "oracle",
     }
