@@ -13,6 +13,8 @@ from .specs import SCENES, VARIANTS
 SIDE = 64
 GROUND = 40
 """First row of the ground in scenes that have one."""
+_ROOMS = ("rose", "sky", "leaf", "rose")
+"""The colour of the room in each two views of a plain scene, one the mirror image of the other."""
 
 
 class _Canvas:
@@ -47,7 +49,7 @@ class _Canvas:
 
 
 def _plain(c: _Canvas) -> None:
-    name = ("rose", "sky", "leaf", "rose")[c.view]
+    name = _ROOMS[c.view]
     wall, floor, shade = "wall_" + name, "floor_" + name, "shade_" + name
     c.paint(c.y >= 0, wall)
     if c.view % 2:
@@ -217,7 +219,7 @@ _PAINTERS: dict[str, Callable[[_Canvas], None]] = {
     "space": _space,
 }
 SHADOWS = {
-    "plain": tuple(f"shade_{name}" for name in ("rose", "sky", "leaf", "rose") for _ in range(2)),
+    "plain": tuple(f"shade_{name}" for name in _ROOMS for _ in range(2)),
     "beach": ("sand_shade",) * VARIANTS,
     "snow": ("snow_shade",) * VARIANTS,
     "forest": ("grass_shade",) * VARIANTS,

@@ -150,14 +150,15 @@ def test_the_strength_of_one_concept_blends_with_the_twin(random, strength):
     torch.testing.assert_close(found, (1 - strength) * plain + strength * whole)
 
 
-def test_a_strength_that_goes_to_nothing_meets_a_concept_left_out(random):
-    # Both gates open at one token, where they have to share.
-    first, second = concepts(random, Gate(-2.0, 0.1), Gate(-2.0, 0.1))
+# Open, so that both have to share a token; half open, so that it shows what is compared.
+@pytest.mark.parametrize("gate", [(-2.0, 0.1), (0.5, 0.2)])
+def test_a_strength_that_goes_to_nothing_meets_a_concept_left_out(random, gate):
+    first, second = concepts(random, Gate(*gate), Gate(*gate))
     encodings, twin = prompts(random, [first, second])
     weight, outputs = normal(random, FEATURES, WIDTH), normal(random, 2, FEATURES)
     alone = twin_projection(weight, encodings, twin, [first], outputs[:1])
-    for strength in (0.0, 1e-9):
-        faint = Direction(second.i, second.u, Gate(-2.0, 0.1, strength))
+    for strength in (0.0, 1e-9, -1e-9):
+        faint = Direction(second.i, second.u, Gate(*gate, strength))
         found = twin_projection(weight, encodings, twin, [first, faint], outputs)
         torch.testing.assert_close(found, alone, rtol=1e-7, atol=1e-7)
 
